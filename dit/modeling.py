@@ -1,0 +1,240 @@
+"""The DiT backbone: a latent, a timestep and a class in, noise (and variance) out.
+
+W. Peebles, S. Xie, "Scalable Diffusion Models with Transformers", arXiv 2212.09748, with adaLN-Zero blocks. Parameter
+names and shapes are those of facebookresearch/DiT `models.py` (Linear weights transposed, as Paddle stores them).
+"""
+
+import logging
+import math
+
+import numpy as np
+import paddle
+import paddle.nn.functional as F
+from paddle import nn
+
+from latent_diffusion.attention import Attention
+from latent_diffusion.ops import Linear, expand_tokens, layer_norm, modulate
+
+from .configuration import DiTConfig
+
+FREQUENCIES = 128
+# The n of exp(-ln(10000) i / n): official DiT divides by the number of frequencies, (pp)diffusers by one less.
+_FREQUENCY_DENOMINATOR = {"official": FREQUENCIES, "ppdiffusers": FREQUENCIES - 1}
+
+# The official sampler guides these first channels of the noise only (`forward_with_cfg` of `models.py`).
+GUIDED_CHANNELS = 3
+
+
+class TimestepEmbedder(nn.Layer):
+    """Timesteps [B] -> [B, D]: 128 cosines and 128 sines, then an MLP."""
+
+    def __init__(self, hidden_size: int, convention: str):
+        super().__init__()
+        self.denominator = _FREQUENCY_DENOMINATOR[convention]
+        self.mlp = nn.Sequential(Linear(2 * FREQUENCIES, hidden_size), nn.Silu(), Linear(hidden_size, hidden_size))
+
+    def sinusoid(self, t: paddle.Tensor) -> paddle.Tensor:
+        """t [B], integer or float -> float32 [B, 256]: cosines first."""
+        # Multiplied before it is divided, as in both references: another rounding here is multiplied by t.
+        exponents = -math.log(10000) * paddle.arange(FREQUENCIES, dtype="float32") / self.denominator
+        angles = t.astype("float32").unsqueeze(1) * paddle.exp(exponents).unsqueeze(0)
+        return paddle.concat([paddle.cos(angles), paddle.sin(angles)], axis=-1)
+
+    def forward(self, t: paddle.Tensor) -> paddle.Tensor:
+        return self.mlp(self.sinusoid(t).astype(self.mlp[0].weight.dtype))
+
+
+class LabelEmbedder(nn.Layer):
+    """Labels [B] in [0, num_classes] -> [B, D]; the last row of the table is the null class of guidance."""
+
+    def __init__(self, num_classes: int, hidden_size: int):
+        super().__init__()
+        self.embedding_table = nn.Embedding(num_classes + 1, hidden_size)
+
+    def forward(self, y: paddle.Tensor) -> paddle.Tensor:
+        return self.embedding_table(y)
+
+
+class PatchEmbed(nn.Layer):
+    """Latents [B, C, H, W] -> tokens [B, N, D], row by row."""
+
+    def __init__(self, config: DiTConfig):
+        super().__init__()
+        patch = config.patch_size
+        self.proj = nn.Conv2D(config.in_channels, config.hidden_size, patch, stride=patch)
+
+    def forward(self, x: paddle.Tensor) -> paddle.Tensor:
+        return self.proj(x).flatten(2).transpose([0, 2, 1])
+
+
+class Mlp(nn.Layer):
+    """Two linear layers with the tanh approximation of GELU between."""
+
+    def __init__(self, dim: int, hidden_dim: int):
+        super().__init__()
+        self.fc1 = Linear(dim, hidden_dim)
+        self.fc2 = Linear(hidden_dim, dim)
+
+    def forward(self, x: paddle.Tensor) -> paddle.Tensor:
+        return self.fc2(F.gelu(self.fc1(x), approximate=True))
+
+
+class DiTBlock(nn.Layer):
+    """Transformer block with adaLN-Zero conditioning: tokens x [B, N, D], condition c [B, D] -> [B, N, D]."""
+
+    def __init__(self, config: DiTConfig):
+        super().__init__()
+        dim = config.hidden_size
+        self.attn = Attention(dim, config.num_attention_heads)
+        self.mlp = Mlp(dim, int(dim * config.mlp_ratio))
+        self.adaLN_modulation = nn.Sequential(nn.Silu(), Linear(dim, 6 * dim))
+
+    def forward(self, x: paddle.Tensor, c: paddle.Tensor) -> paddle.Tensor:
+        shift_msa, scale_msa, gate_msa, shift_mlp, scale_mlp, gate_mlp = self.adaLN_modulation(c).chunk(6, axis=1)
+        tokens = x.shape[1]
+        x = x + expand_tokens(gate_msa, tokens) * self.attn(modulate(layer_norm(x), shift_msa, scale_msa))
+        return x + expand_tokens(gate_mlp, tokens) * self.mlp(modulate(layer_norm(x), shift_mlp, scale_mlp))
+
+
+class FinalLayer(nn.Layer):
+    """Tokens [B, N, D], condition [B, D] -> patches [B, N, p * p * out_channels]."""
+
+    def __init__(self, config: DiTConfig):
+        super().__init__()
+        dim = config.hidden_size
+        self.linear = Linear(dim, config.patch_size**2 * config.out_channels)
+        self.adaLN_modulation = nn.Sequential(nn.Silu(), Linear(dim, 2 * dim))
+
+    def forward(self, x: paddle.Tensor, c: paddle.Tensor) -> paddle.Tensor:
+        shift, scale = self.adaLN_modulation(c).chunk(2, axis=1)
+        return self.linear(modulate(layer_norm(x), shift, scale))
+
+
+class DiT(nn.Layer):
+    """Class-conditional diffusion transformer.
+
+    The forward pass draws nothing at random: replacing labels by the null class in training is the data's part.
+    `enable_recompute` (also set by PaddleNLP's `--recompute`) trades activation memory for a second forward pass.
+    """
+
+    def __init__(self, config: DiTConfig):
+        super().__init__()
+        self.config = config
+        self.enable_recompute = False
+        self.x_embedder = PatchEmbed(config)
+        self.t_embedder = TimestepEmbedder(config.hidden_size, config.timestep_convention)
+        self.y_embedder = LabelEmbedder(config.num_classes, config.hidden_size)
+        self.pos_embed = self.create_parameter(
+            [1, (config.sample_size // config.patch_size) ** 2, config.hidden_size],
+            attr=paddle.ParamAttr(trainable=False),
+        )
+        self.blocks = nn.LayerList([DiTBlock(config) for _ in range(config.num_layers)])
+        self.final_layer = FinalLayer(config)
+        self.initialize_weights()
+
+    def initialize_weights(self) -> None:
+        """The paper's initialization: Xavier for linear layers, sin-cos positions, zero gates and output."""
+        xavier, zeros, normal = (
+            nn.initializer.XavierUniform(),
+            nn.initializer.Constant(0.0),
+            nn.initializer.Normal(0.0, 0.02),
+        )
+        for layer in self.sublayers():
+            if isinstance(layer, Linear):
+                xavier(layer.weight)
+                zeros(layer.bias)
+        proj = self.x_embedder.proj
+        # As a linear layer from the values of a patch: Xavier over [D, C * p * p], not over the kernel's own fans.
+        width, fan_in = proj.weight.shape[0], int(np.prod(proj.weight.shape[1:]))
+        nn.initializer.XavierUniform(fan_in=fan_in, fan_out=width)(proj.weight)
+        zeros(proj.bias)
+        normal(self.y_embedder.embedding_table.weight)
+        normal(self.t_embedder.mlp[0].weight)
+        normal(self.t_embedder.mlp[2].weight)
+        for modulation in [block.adaLN_modulation for block in self.blocks] + [self.final_layer.adaLN_modulation]:
+            zeros(modulation[1].weight)
+        zeros(self.final_layer.linear.weight)
+        self.pos_embed.set_value(
+            sincos_positions(self.config.hidden_size, self.config.sample_size // self.config.patch_size)
+        )
+
+    def forward(self, x: paddle.Tensor, t: paddle.Tensor, y: paddle.Tensor) -> paddle.Tensor:
+        """Predicts the noise (and the variance values) of noisy latents.
+
+        Args:
+            x: latents [B, C, H, W].
+            t: timesteps [B] in [0, 1000), integer or float.
+            y: labels [B] int64 in [0, num_classes]; `num_classes` is the null class.
+
+        Returns:
+            [B, out_channels, H, W]: noise, then variance values in about [-1, 1] when `learn_sigma`.
+        """
+        x = self.x_embedder(x)
+        x = x + self.pos_embed.expand(x.shape)
+        c = self.t_embedder(t) + self.y_embedder(y)
+        for block in self.blocks:
+            x = self._recompute(block, x, c) if self.enable_recompute and self.training else block(x, c)
+        return self._unpatchify(self.final_layer(x, c))
+
+    def forward_with_cfg(
+        self,
+        x: paddle.Tensor,
+        t: paddle.Tensor,
+        y: paddle.Tensor,
+        cfg_scale: float,
+        guided_channels: int = GUIDED_CHANNELS,
+    ) -> paddle.Tensor:
+        """Guided prediction in one batched forward pass (`forward_with_cfg` of the official `models.py`).
+
+        Args:
+            x: latents [2 B, C, H, W], of which only the first half is read.
+            t: timesteps [2 B].
+            y: labels [2 B]: B classes, then B null classes.
+            cfg_scale: guidance scale, 1 for none.
+            guided_channels: how many of the first channels are guided; the official code guides three.
+
+        Returns:
+            [2 B, out_channels, H, W]; guided channels are equal in both halves, the others are their own half's.
+        """
+        half = x[: x.shape[0] // 2]
+        out = self(paddle.concat([half, half]), t, y)
+        eps, rest = out[:, :guided_channels], out[:, guided_channels:]
+        cond, uncond = eps.chunk(2, axis=0)
+        guided = uncond + cfg_scale * (cond - uncond)
+        return paddle.concat([paddle.concat([guided, guided]), rest], axis=1)
+
+    def enable_xformers_memory_efficient_attention(self) -> None:
+        """Uses Paddle's flash / memory-efficient attention; on a CPU says that this has no effect."""
+        if not paddle.device.is_compiled_with_cuda():
+            logging.getLogger(__name__).warning("memory-efficient attention needs a GPU: it has no effect on a CPU")
+        for block in self.blocks:
+            block.attn.memory_efficient = True
+
+    def _unpatchify(self, x: paddle.Tensor) -> paddle.Tensor:
+        """Patches [B, N, p * p * C] -> [B, C, H, W]."""
+        patch, channels = self.config.patch_size, self.config.out_channels
+        side = self.config.sample_size // patch
+        x = x.reshape([x.shape[0], side, side, patch, patch, channels]).transpose([0, 5, 1, 3, 2, 4])
+        return x.reshape([x.shape[0], channels, side * patch, side * patch])
+
+    @staticmethod
+    def _recompute(block: nn.Layer, x: paddle.Tensor, c: paddle.Tensor) -> paddle.Tensor:
+        from paddle.distributed.fleet.utils import recompute
+
+        # Blocks draw nothing at random, so there is no generator state to keep.
+        return recompute(block, x, c, preserve_rng_state=False)
+
+
+def sincos_positions(width: int, side: int) -> np.ndarray:
+    """Fixed 2-D sin-cos position embedding, float32 [1, side * side, width] (`get_2d_sincos_pos_embed`, official DiT).
+
+    The first half of the width encodes the column, the second the row.
+    """
+    frequencies = 10000.0 ** -(np.arange(width // 4, dtype=np.float64) / (width / 4))
+
+    def encode(positions: np.ndarray) -> np.ndarray:
+        angles = np.outer(positions.reshape(-1), frequencies)
+        return np.concatenate([np.sin(angles), np.cos(angles)], axis=1)
+
+    rows, columns = np.meshgrid(np.arange(side, dtype=np.float64), np.arange(side, dtype=np.float64), indexing="ij")
+    return np.concatenate([encode(columns), encode(rows)], axis=1)[None].astype("float32")
