@@ -1,0 +1,17 @@
+"""ppdiffusers' transformer with the timestep frequencies of the official DiT, for folders exported with `--exact`."""
+
+# ppdiffusers loads a component only if its module also names the base class it derives from.
+from ppdiffusers.models.modeling_utils import ModelMixin  # noqa: F401
+from ppdiffusers.models.transformer_2d import Transformer2DModel
+
+
+class OfficialDiTTransformer2DModel(Transformer2DModel):
+    """`Transformer2DModel` whose frequencies are exp(-ln(10000) i / 128), as published checkpoints were trained.
+
+    The stock class divides by 127, which cannot be configured and cannot be folded into the weights.
+    """
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        for block in self.transformer_blocks:
+            block.norm1.emb.time_proj.downscale_freq_shift = 0

@@ -1,0 +1,59 @@
+"""Encodes an ImageNet-style image folder into latents for training, in the fastdit layout.
+
+Run again after an interruption, it continues; the result is the same.
+"""
+
+import argparse
+from pathlib import Path
+
+from latent_diffusion import runtime
+from latent_diffusion.errors import command
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    add = parser.add_argument
+    add("--data-path", "--data_path", type=Path, required=True, help="image folder with one folder a class")
+    add(
+        "--features-path",
+        "--features_path",
+        "--feature-path",
+        "--feature_path",
+        type=Path,
+        default=Path("./data/fastdit_imagenet256"),
+        help="where imagenet<size>_features and imagenet<size>_labels are made",
+    )
+    add("--model", help="accepted for fast-DiT's command line; features do not depend on the model")
+    add("--image-size", "--image_size", type=int, default=256, help="side of the images in pixels")
+    add("--vae", default="stabilityai/sd-vae-ft-mse", help="VAE folder or name on the hub; fast-DiT's mse and ema too")
+    add("--batch-size", "--batch_size", type=int, default=16, help="images encoded at a time")
+    add("--dtype", choices=["float16", "float32"], default="float32", help="type of the written latents")
+    add("--use_flip", "--use-flip", action="store_true", help="also write the latents of the mirrored images")
+    add("--global-seed", "--global_seed", "--seed", type=int, default=0, help="seed of the posterior samples")
+    return parser.parse_args()
+
+
+@command
+def main() -> None:
+    arguments = parse_arguments()
+    runtime.start()
+    from dit.extraction import extract_features, prepare
+    from latent_diffusion.vae import load_vae
+
+    vae_name = f"stabilityai/sd-vae-ft-{arguments.vae}" if arguments.vae in ("mse", "ema") else arguments.vae
+    settings, paths, labels = prepare(
+        arguments.data_path,
+        vae_name,
+        vae := load_vae(vae_name),
+        arguments.image_size,
+        arguments.dtype,
+        arguments.use_flip,
+        arguments.global_seed,
+    )
+    print(f"{len(paths)} images of {len(settings.classes)} classes from {arguments.data_path}", flush=True)
+    encoded = extract_features(arguments.features_path, vae, settings, paths, labels, arguments.batch_size)
+    print(f"encoded {encoded} images, {len(paths) - encoded} were there already, in {arguments.features_path}")
+
+
+if __name__ == "__main__":
+    main()

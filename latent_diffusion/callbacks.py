@@ -1,0 +1,121 @@
+"""What happens beside the optimizer steps: averaging, progress, images."""
+
+import contextlib
+import sys
+from collections.abc import Callable
+
+import numpy as np
+import paddle
+from paddlenlp.trainer import TrainerCallback
+from paddlenlp.trainer.integrations import VisualDLCallback
+from tqdm import tqdm
+
+from .ema import EMA
+
+# What a progress line shows of the logged values, in this order.
+_SHOWN = ("loss", "mse", "vb", "grad_norm", "learning_rate", "samples_per_second", "steps_per_second")
+
+
+class EMACallback(TrainerCallback):
+    """Averages the weights after every optimizer step."""
+
+    def __init__(self, ema: EMA):
+        self.ema = ema
+
+    def on_optimizer_end(self, args, state, control, **kwargs):
+        self.ema.update(state.global_step + 1)
+
+
+class GradientNormCallback(TrainerCallback):
+    """Measures the norm of the gradient, over all parameters and processes, at the steps that are logged."""
+
+    def __init__(self):
+        self.value: float | None = None
+
+    def on_optimizer_begin(self, args, state, control, optimizer=None, scaler=None, **kwargs):
+        if (state.global_step + 1) % args.logging_steps:
+            return
+        squares = [(p.grad.astype("float32") ** 2).sum() for p in _owned(optimizer) if p.grad is not None]
+        total = paddle.add_n(squares) if squares else paddle.zeros([])
+        if args.sharding and args.sharding_parallel_degree > 1:
+            # Each rank holds the reduced gradient of its own parameters only.
+            from paddle.distributed import fleet
+
+            group = fleet.get_hybrid_communicate_group().get_sharding_parallel_group()
+            paddle.distributed.all_reduce(total, group=group)
+        scale = float(scaler._scale) if scaler is not None else 1.0
+        self.value = float(total) ** 0.5 / scale
+
+
+def _owned(optimizer) -> list[paddle.Tensor]:
+    """Parameters whose gradient this rank holds in full."""
+    while hasattr(optimizer, "_inner_opt"):
+        if hasattr(optimizer, "_rank2params"):
+            return optimizer._rank2params[optimizer._sharding_rank]
+        optimizer = optimizer._inner_opt
+    return optimizer._parameter_list
+
+
+class ProgressCallback(TrainerCallback):
+    """A bar with rate and remaining time on a terminal, plain lines elsewhere."""
+
+    def __init__(self):
+        self.bar = None
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        if state.is_world_process_zero:
+            self.bar = tqdm(
+                total=state.max_steps,
+                initial=state.global_step,
+                desc="train",
+                unit="step",
+                disable=args.disable_tqdm,
+                file=sys.stderr,
+            )
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if self.bar is not None:
+            self.bar.update()
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        if not state.is_world_process_zero or "loss" not in logs:
+            return
+        values = ", ".join(f"{name} {logs[name]:.4g}" for name in _SHOWN if name in logs)
+        seconds = (state.max_steps - state.global_step) / logs["steps_per_second"]
+        line = f"step {state.global_step}/{state.max_steps}: {values}"
+        if args.disable_tqdm:
+            print(f"{line}, remaining {tqdm.format_interval(seconds)}", flush=True)
+        else:
+            self.bar.write(line)
+
+    def on_train_end(self, args, state, control, **kwargs):
+        if self.bar is not None:
+            self.bar.close()
+
+
+class ImageLoggingCallback(TrainerCallback):
+    """Sends images drawn with the averaged weights to VisualDL.
+
+    Args:
+        draw: `draw(model)` returns a dict of names and images uint8 [H, W, 3]. It must not touch Paddle's generators.
+        every: steps between images.
+        ema: the average, or None to draw with the raw weights.
+        visualdl: the callback that holds VisualDL's writer.
+    """
+
+    def __init__(
+        self,
+        draw: Callable[[paddle.nn.Layer], dict[str, np.ndarray]],
+        every: int,
+        ema: EMA | None,
+        visualdl: VisualDLCallback,
+    ):
+        self.draw, self.every, self.ema, self.visualdl = draw, every, ema, visualdl
+
+    def on_step_end(self, args, state, control, model=None, **kwargs):
+        if state.global_step % self.every or not state.is_world_process_zero:
+            return
+        with self.ema.applied() if self.ema else contextlib.nullcontext(model) as averaged:
+            images = self.draw(averaged)
+        for name, image in images.items():
+            self.visualdl.vdl_writer.add_image(f"samples/{name}", image, state.global_step)

@@ -1,0 +1,165 @@
+"""The checkpoint folder: what it holds, how it is found, and the state that goes into it.
+
+    output_dir/checkpoint-N/
+        model_state.pdparams  ema_state.pdparams  optimizer.pdopt  scheduler.pdparams  scaler.pdparams
+        rng_state*.pth  trainer_state.json  training_args.bin  config.json
+
+A folder of that name is complete: it is written under another name and renamed. All state is read without executing
+anything from the files.
+"""
+
+import random
+import re
+import shutil
+from pathlib import Path
+
+import numpy as np
+import paddle
+
+from .errors import InputError
+from .weights import read_paddle, write_paddle
+
+MODEL, EMA_MODEL, CONFIG = "model_state.pdparams", "ema_state.pdparams", "config.json"
+OPTIMIZER, SCHEDULER, SCALER = "optimizer.pdopt", "scheduler.pdparams", "scaler.pdparams"
+TRAINER_STATE, TRAINING_ARGUMENTS = "trainer_state.json", "training_args.bin"
+
+_NAME = re.compile(r"checkpoint-(\d+)")
+
+
+def checkpoints(output_dir: Path) -> list[Path]:
+    """Complete checkpoints below `output_dir`, by rising step."""
+    if not output_dir.is_dir():
+        return []
+    folders = [path for path in output_dir.iterdir() if _NAME.fullmatch(path.name) and (path / TRAINER_STATE).is_file()]
+    return sorted(folders, key=lambda path: int(_NAME.fullmatch(path.name)[1]))
+
+
+def newest_checkpoint(output_dir: Path) -> Path | None:
+    """The checkpoint of the highest step, or None."""
+    return (checkpoints(output_dir) or [None])[-1]
+
+
+def remove_oldest(output_dir: Path, keep: int | None) -> None:
+    """Deletes all but the `keep` newest checkpoints; None or less than 1 keeps all."""
+    if keep and keep > 0:
+        for path in checkpoints(output_dir)[:-keep]:
+            shutil.rmtree(path)
+
+
+def set_aside(output_dir: Path) -> Path | None:
+    """Moves the checkpoints of an earlier run to a folder of their own, so that a new run's cannot mix with them.
+
+    Returns:
+        The folder, `output_dir/overwritten-N`, or None when there were no checkpoints.
+    """
+    earlier = checkpoints(output_dir)
+    if not earlier:
+        return None
+    number = 1 + len(list(output_dir.glob("overwritten-*")))
+    folder = output_dir / f"overwritten-{number}"
+    folder.mkdir()
+    for path in earlier:
+        path.rename(folder / path.name)
+    return folder
+
+
+def load_weights(path: Path, model: paddle.nn.Layer) -> None:
+    """Sets all weights of `model` from a file of our own.
+
+    Raises:
+        InputError: the file cannot be read, or its weights are not those of the model.
+    """
+    weights = read_paddle(path)
+    own = model.state_dict()
+    for name, tensor in own.items():
+        if name not in weights or list(weights[name].shape) != tensor.shape:
+            raise InputError(f"{path} lacks the weight {name} of shape {tensor.shape}: it belongs to another model")
+    if unknown := sorted(set(weights) - set(own)):
+        raise InputError(f"{path} has the weight {unknown[0]}, which the model has not: it belongs to another model")
+    # The reader gives float32 for bfloat16.
+    model.set_state_dict({name: paddle.to_tensor(array).astype(own[name].dtype) for name, array in weights.items()})
+
+
+def save_optimizer(path: Path, optimizer, model: paddle.nn.Layer) -> None:
+    """Writes the optimizer's state, keyed by the model's weight names.
+
+    Paddle keys it by parameter names, which count the layers that were created in a process: with those, building
+    one layer more before the model (a VAE, say) would make a resumed run miss its own state without a word.
+    """
+    names = {p.name: name for name, p in model.named_parameters()}
+    write_paddle(path, _rename(optimizer.state_dict(), names))
+
+
+def load_optimizer(path: Path, optimizer, model: paddle.nn.Layer) -> None:
+    """Restores what `save_optimizer` wrote.
+
+    Raises:
+        InputError: the file cannot be read or belongs to another model.
+    """
+    state = read_paddle(path)
+    names = {name: p.name for name, p in model.named_parameters()}
+    try:
+        renamed = _rename(state, names)
+    except KeyError as error:
+        raise InputError(
+            f"{path} has state for {error}, which the model has not: it belongs to another model"
+        ) from None
+    optimizer.set_state_dict(_to_tensors(renamed))
+
+
+def _rename(state: dict, names: dict[str, str]) -> dict:
+    renamed = {}
+    for key, value in state.items():
+        if key == "LR_Scheduler":
+            renamed[key] = value
+        elif key == "master_weights":
+            renamed[key] = {_renamed(name, names): weight for name, weight in value.items()}
+        else:
+            renamed[_renamed(key, names)] = value
+    return renamed
+
+
+def _renamed(key: str, names: dict[str, str]) -> str:
+    """Replaces the parameter name that `key` begins with: "<name>_moment1_0" and the like."""
+    end = len(key)
+    while end > 0:
+        if key[:end] in names:
+            return names[key[:end]] + key[end:]
+        end = key.rfind("_", 0, end)
+    raise KeyError(key)
+
+
+def _to_tensors(value):
+    if isinstance(value, dict):
+        return {key: _to_tensors(item) for key, item in value.items()}
+    return paddle.to_tensor(value) if isinstance(value, np.ndarray) else value
+
+
+def rng_state() -> dict:
+    """State of Python's, NumPy's and Paddle's generators as plain values."""
+    return {
+        "python": random.getstate(),
+        "numpy": np.random.get_state(),
+        "paddle": [generator.get_state().__getstate__() for generator in _generators()],
+    }
+
+
+def set_rng_state(state: dict) -> None:
+    """Restores what `rng_state` returned; a run on other devices keeps its own Paddle generators."""
+    version, internal, gauss = state["python"]
+    random.setstate((version, tuple(internal), gauss))
+    np.random.set_state(tuple(state["numpy"]))
+    generators = _generators()
+    if len(generators) == len(state["paddle"]):
+        for generator, values in zip(generators, state["paddle"], strict=True):
+            current = generator.get_state()
+            current.__setstate__(tuple(values))
+            generator.set_state(current)
+
+
+def _generators() -> list:
+    core = paddle.framework.core
+    generators = [core.default_cpu_generator()]
+    if core.is_compiled_with_cuda():
+        generators += [core.default_cuda_generator(i) for i in range(core.get_cuda_device_count())]
+    return generators

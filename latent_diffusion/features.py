@@ -1,0 +1,114 @@
+"""Training samples from feature files: reading one `.npy`, and the endless shuffled stream both systems train on.
+
+Every random draw of a training sample (order, flip, dropped condition, timestep, noise) is a function of
+(seed, epoch, index) alone. So a resumed run, another number of processes or of loader workers sees the same samples.
+"""
+
+import functools
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import paddle
+
+from .errors import InputError
+from .objectives import Objective
+
+
+def read_array(path: Path, shape: tuple[int, ...] | None = None) -> np.ndarray:
+    """Reads one `.npy` file; leading axes of length 1 beyond `shape` are dropped. Nothing in the file is executed.
+
+    Raises:
+        InputError: the file is missing, truncated, no array, of another shape, or holds values that are not finite.
+    """
+    try:
+        array = np.load(path, allow_pickle=False)
+    except FileNotFoundError:
+        raise InputError(f"the feature file {path} is missing") from None
+    except (OSError, ValueError, EOFError) as error:
+        reason = " ".join(str(error).split())
+        raise InputError(f"cannot read the feature file {path} ({reason}); extract it again") from None
+    if not isinstance(array, np.ndarray) or array.dtype.kind not in "fiu":
+        raise InputError(f"the feature file {path} does not hold one array of numbers")
+    if shape is not None:
+        while array.ndim > len(shape) and array.shape[0] == 1:
+            array = array[0]
+        if array.shape != shape:
+            raise InputError(f"the feature file {path} has shape {array.shape}, expected {shape}")
+    if array.dtype.kind == "f" and not np.isfinite(array).all():
+        raise InputError(f"the feature file {path} holds values that are not finite; extract it again")
+    return array
+
+
+def list_arrays(folder: Path) -> list[str]:
+    """Names of the `.npy` files of a folder, sorted.
+
+    Raises:
+        InputError: the folder is missing or holds none.
+    """
+    try:
+        names = sorted(entry.name for entry in folder.iterdir() if entry.name.endswith(".npy"))
+    except OSError as error:
+        raise InputError(f"cannot list the feature folder {folder}: {error.strerror}") from None
+    if not names:
+        raise InputError(f"the feature folder {folder} holds no .npy file")
+    return names
+
+
+class FeatureStore(ABC):
+    """Features on disk, by index."""
+
+    @abstractmethod
+    def __len__(self) -> int:
+        """Number of images."""
+
+    @abstractmethod
+    def sample(self, index: int, rng: np.random.Generator) -> dict[str, np.ndarray]:
+        """One sample: "latents" float32 [C, H, W], scaled, and its condition; random choices are drawn from `rng`."""
+
+
+class TrainingStream(paddle.io.Dataset):
+    """Maps a position of the endless stream to a training sample, together with what the objective draws for it.
+
+    Position p is item `p % N` of the shuffled epoch `p // N`.
+    """
+
+    def __init__(self, store: FeatureStore, objective: Objective, seed: int):
+        self.store, self.objective, self.seed = store, objective, seed
+
+    def __len__(self) -> int:
+        return len(self.store)
+
+    def __getitem__(self, position: int) -> dict[str, np.ndarray]:
+        epoch, offset = divmod(position, len(self.store))
+        index = int(_permutation(self.seed, epoch, len(self.store))[offset])
+        rng = np.random.default_rng([self.seed, epoch, index])
+        sample = self.store.sample(index, rng)
+        return sample | self.objective.draw(rng, sample["latents"].shape)
+
+
+# Two epochs: a batch may reach from one into the next.
+@functools.lru_cache(maxsize=2)
+def _permutation(seed: int, epoch: int, length: int) -> np.ndarray:
+    return np.random.default_rng([seed, epoch]).permutation(length)
+
+
+class StreamBatchSampler(paddle.io.BatchSampler):
+    """Positions of one process's batches `first` to `last - 1`.
+
+    Batch b of all processes together covers positions `[b * world_size * batch_size, ...)`, rank by rank: the union
+    does not depend on how many processes share it.
+    """
+
+    def __init__(self, batch_size: int, first: int, last: int, rank: int = 0, world_size: int = 1):
+        self.batch_size, self.first, self.last = batch_size, first, last
+        self.rank, self.world_size = rank, world_size
+
+    def __len__(self) -> int:
+        return max(self.last - self.first, 0)
+
+    def __iter__(self) -> Iterator[list[int]]:
+        for batch in range(self.first, self.last):
+            start = (batch * self.world_size + self.rank) * self.batch_size
+            yield list(range(start, start + self.batch_size))

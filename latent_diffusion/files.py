@@ -1,0 +1,62 @@
+"""Files and folders that appear under their final name only when they are complete."""
+
+import contextlib
+import os
+import shutil
+import uuid
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+
+def replace_file(path: Path, write: Callable[[Path], object]) -> None:
+    """Lets `write` fill a temporary file beside `path`, makes it durable, and renames it to `path`.
+
+    On failure the temporary file is removed and `path` is as before.
+    """
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
+    try:
+        write(temporary)
+        sync(temporary)
+        temporary.replace(path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+@contextlib.contextmanager
+def new_folder(path: Path) -> Iterator[Path]:
+    """Yields a temporary folder beside `path` to be filled; on success it takes the place of `path`.
+
+    On failure it is removed and `path` is as before.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
+    temporary.mkdir()
+    try:
+        yield temporary
+        publish_folder(temporary, path)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+
+
+def publish_folder(temporary: Path, path: Path) -> None:
+    """Makes all files of `temporary` durable and renames it to `path`, replacing a folder of that name."""
+    for file in temporary.rglob("*"):
+        if file.is_file():
+            sync(file)
+    replaced = path.with_name(f".{path.name}.{uuid.uuid4().hex}.old")
+    if path.exists():
+        path.rename(replaced)
+    temporary.rename(path)
+    sync(path.parent)
+    shutil.rmtree(replaced, ignore_errors=True)
+
+
+def sync(path: Path) -> None:
+    """Flushes a file's content, or a folder's entries, to the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

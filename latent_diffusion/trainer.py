@@ -1,0 +1,214 @@
+"""PaddleNLP's Trainer for latent diffusion: what the trainers of all systems share."""
+
+import math
+import shutil
+import time
+from abc import abstractmethod
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import paddle
+from paddlenlp.trainer import PrinterCallback, Trainer, TrainerState
+from paddlenlp.trainer import ProgressCallback as PaddleNLPProgressCallback
+from paddlenlp.trainer.integrations import VisualDLCallback
+
+from . import checkpoint
+from .callbacks import EMACallback, GradientNormCallback, ImageLoggingCallback, ProgressCallback
+from .ema import EMA
+from .errors import InputError
+from .features import FeatureStore, StreamBatchSampler, TrainingStream
+from .files import publish_folder
+from .objectives import Denoiser, Objective
+from .weights import read_paddle, write_paddle
+
+
+class LatentDiffusionTrainer(Trainer):
+    """Trains a backbone on feature files.
+
+    A subclass says how a batch conditions the backbone (`denoiser`). Order of data and all noise come from
+    `TrainingStream`, so that a run of 2 N steps and one of N steps that is resumed for N more are bitwise equal.
+
+    Args:
+        model: the backbone; its `config` has `save(path)`.
+        objective: makes the loss.
+        store: the features.
+        ema: average of the weights to keep, or None.
+        args: PaddleNLP's training arguments.
+    """
+
+    def __init__(self, model, objective: Objective, store: FeatureStore, ema: EMA | None, args):
+        samples_per_step = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.dataset_world_size
+        if args.max_steps <= 0:
+            args.max_steps = math.ceil(len(store) * args.num_train_epochs / samples_per_step)
+        super().__init__(model=model, args=args, train_dataset=TrainingStream(store, objective, args.seed))
+        self.objective, self.store, self.ema = objective, store, ema
+        self._term_sums: dict[str, paddle.Tensor] = {}
+        self._resumed_step = 0
+        self._micro_batches = 0
+        self._logged_at = time.perf_counter()
+        self._samples_per_step = samples_per_step
+        self._gradient_norm = GradientNormCallback()
+        for callback in (PrinterCallback, PaddleNLPProgressCallback):
+            self.remove_callback(callback)
+        for callback in (*([EMACallback(ema)] if ema else []), self._gradient_norm, ProgressCallback()):
+            self.add_callback(callback)
+
+    def log_images(self, draw: Callable[[paddle.nn.Layer], dict[str, np.ndarray]], every: int) -> None:
+        """Sends what `draw` returns for the averaged weights to VisualDL, at every so many steps.
+
+        `draw(model)` returns a dict of names and images uint8 [H, W, 3]. Without VisualDL in `--report_to` there is
+        nowhere to send them, and nothing is drawn.
+        """
+        for callback in self.callback_handler.callbacks:
+            if isinstance(callback, VisualDLCallback):
+                self.add_callback(ImageLoggingCallback(draw, every, self.ema, callback))
+                return
+
+    @abstractmethod
+    def denoiser(self, model, inputs: dict[str, paddle.Tensor]) -> Denoiser:
+        """The backbone `model` with the condition of the batch `inputs` filled in."""
+
+    def train(self, resume_from_checkpoint: str | Path | None = None):
+        """Trains to `args.max_steps`, from the given checkpoint folder on if there is one, and saves the end."""
+        if resume_from_checkpoint is not None:
+            state_file = Path(resume_from_checkpoint) / checkpoint.TRAINER_STATE
+            self._resumed_step = TrainerState.load_from_json(str(state_file)).global_step
+        self._logged_at = time.perf_counter()
+        result = super().train(resume_from_checkpoint=resume_from_checkpoint and str(resume_from_checkpoint))
+        if not (Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}").is_dir():
+            self._save_checkpoint(self.model)
+        return result
+
+    def get_train_dataloader(self) -> paddle.io.DataLoader:
+        args = self.args
+        sampler = StreamBatchSampler(
+            args.per_device_train_batch_size,
+            first=self._resumed_step * args.gradient_accumulation_steps,
+            last=args.max_steps * args.gradient_accumulation_steps,
+            rank=args.dataset_rank,
+            world_size=args.dataset_world_size,
+        )
+        return paddle.io.DataLoader(self.train_dataset, batch_sampler=sampler, num_workers=args.dataloader_num_workers)
+
+    def compute_loss(self, model, inputs, return_outputs=False):
+        losses = self.objective.losses(
+            self.denoiser(model, inputs), inputs["latents"], t=inputs["t"], noise=inputs["noise"]
+        )
+        terms = {name: value.mean() for name, value in losses.items()}
+        for name, value in terms.items():
+            self._term_sums[name] = self._term_sums.get(name, 0.0) + value.detach()
+        self._micro_batches += 1
+        return terms["loss"]
+
+    def _check_loss_valid(self, loss):
+        if not np.isfinite(loss.item()):
+            raise self._not_finite("the loss")
+
+    def _not_finite(self, what: str) -> InputError:
+        return InputError(
+            f"{what} is not finite at step {self.state.global_step + 1}; training stops and saves nothing, "
+            f"checkpoints in {self.args.output_dir} are intact; resume with a lower --learning_rate or --max_grad_norm 1"
+        )
+
+    def log(self, logs: dict[str, float], **kwargs) -> None:
+        if "loss" in logs:
+            logs = self._training_logs()
+        super().log(logs, **kwargs)
+
+    def _training_logs(self) -> dict[str, float]:
+        """Means over the steps since the last log and over all ranks, and rates."""
+        means = self._mean_terms()
+        steps = self._micro_batches / self.args.gradient_accumulation_steps
+        seconds = time.perf_counter() - self._logged_at
+        self._term_sums, self._micro_batches, self._logged_at = {}, 0, time.perf_counter()
+        norm = {} if self._gradient_norm.value is None else {"grad_norm": self._gradient_norm.value}
+        rates = {
+            "learning_rate": float(self._get_learning_rate()),
+            "samples_per_second": steps * self._samples_per_step / seconds,
+            "steps_per_second": steps / seconds,
+            "epoch": self.state.global_step * self._samples_per_step / len(self.store),
+            "global_step": self.state.global_step,
+        }
+        return means | norm | rates
+
+    def _mean_terms(self) -> dict[str, float]:
+        names = sorted(self._term_sums)
+        sums = paddle.stack([self._term_sums[name].astype("float32") for name in names])
+        if self.args.world_size > 1:
+            paddle.distributed.all_reduce(sums)
+        count = self._micro_batches * self.args.world_size
+        return {name: float(value) / count for name, value in zip(names, sums.numpy(), strict=True)}
+
+    def _save_checkpoint(self, model, metrics=None):
+        """Writes a checkpoint folder under a temporary name, on all ranks together, and then renames it."""
+        if not all(bool(paddle.isfinite(p).all()) for p in self.model.parameters()):
+            raise self._not_finite("a weight")
+        args = self.args
+        output_dir = Path(args.output_dir)
+        final = output_dir / f"checkpoint-{self.state.global_step}"
+        staging = output_dir / f".{final.name}.partial"
+        if args.should_save:
+            shutil.rmtree(staging, ignore_errors=True)
+        self._barrier()
+        staging.mkdir(parents=True, exist_ok=True)
+        self._write_checkpoint(staging)
+        self._barrier()
+        if args.should_save:
+            publish_folder(staging, final)
+            checkpoint.remove_oldest(output_dir, args.save_total_limit)
+        self._barrier()
+
+    def _write_checkpoint(self, folder: Path) -> None:
+        args = self.args
+        if args.should_save:
+            write_paddle(folder / checkpoint.MODEL, self.model.state_dict())
+            if self.ema is not None:
+                write_paddle(folder / checkpoint.EMA_MODEL, self.ema.state_dict())
+            write_paddle(folder / checkpoint.SCHEDULER, self.lr_scheduler.state_dict())
+            if self.do_grad_scaling:
+                write_paddle(folder / checkpoint.SCALER, self.scaler.state_dict())
+            self.model.config.save(folder / checkpoint.CONFIG)
+            self.state.save_to_json(str(folder / checkpoint.TRAINER_STATE))
+            paddle.save(args, str(folder / checkpoint.TRAINING_ARGUMENTS))
+        if (
+            not args.use_hybrid_parallel
+            and args.should_save
+            or args.use_hybrid_parallel
+            and args.data_parallel_rank == 0
+        ):
+            checkpoint.save_optimizer(folder / self._optimizer_file(), self.optimizer, self.model)
+        write_paddle(folder / self._rng_file(), checkpoint.rng_state())
+
+    def _optimizer_file(self) -> str:
+        # Under sharding each rank keeps the state of its own parameters: optimizer.shard00.pdopt and so on.
+        suffix = self.args.optimizer_name_suffix
+        return f"optimizer.{suffix}.pdopt" if suffix else checkpoint.OPTIMIZER
+
+    def _rng_file(self) -> str:
+        return f"rng_state_{self.args.process_index}.pth" if self.args.world_size > 1 else "rng_state.pth"
+
+    def _barrier(self) -> None:
+        if self.args.world_size > 1:
+            paddle.distributed.barrier()
+
+    def _load_from_checkpoint(self, resume_from_checkpoint=None):
+        if resume_from_checkpoint is None:
+            return
+        folder = Path(resume_from_checkpoint)
+        checkpoint.load_weights(folder / checkpoint.MODEL, self.model)
+        if self.ema is not None:
+            self.ema.set_state_dict(read_paddle(folder / checkpoint.EMA_MODEL))
+
+    def _load_optimizer_and_scheduler(self, checkpoint_folder):
+        if checkpoint_folder is None:
+            return
+        folder = Path(checkpoint_folder)
+        checkpoint.load_optimizer(folder / self._optimizer_file(), self.optimizer, self.model)
+        self.lr_scheduler.set_state_dict(read_paddle(folder / checkpoint.SCHEDULER))
+        if self.do_grad_scaling:
+            self.scaler.load_state_dict(read_paddle(folder / checkpoint.SCALER))
+        # Training draws from generators of its own; this is for what a subclass may draw from the global ones.
+        rng_file = folder / self._rng_file()
+        if rng_file.is_file():
+            checkpoint.set_rng_state(read_paddle(rng_file))

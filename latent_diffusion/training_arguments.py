@@ -1,0 +1,106 @@
+"""Command-line arguments that the trainers share."""
+
+import sys
+from dataclasses import dataclass, field
+from typing import Optional
+
+import paddle
+from paddlenlp.trainer import PdArgumentParser, TrainingArguments
+from paddlenlp.utils.log import logger
+
+from .errors import InputError
+
+
+@dataclass
+class SuiteArguments:
+    """Flags of this suite, beside those of PaddleNLP's `TrainingArguments`."""
+
+    _argument_group_name = "this suite's own flags"
+
+    use_ema: bool = field(default=True, metadata={"help": "keep an exponential moving average of the weights"})
+    ema_decay: float = field(default=0.9999, metadata={"help": "decay of that average"})
+    ema_warmup: bool = field(
+        default=False, metadata={"help": "raise the decay as (1 + n) / (10 + n) at update n, for short runs"}
+    )
+    vae_name_or_path: str = field(
+        default="stabilityai/sd-vae-ft-mse",
+        metadata={"help": "VAE that decodes the logged images: a ppdiffusers folder or a name on the hub"},
+    )
+    image_logging_steps: int = field(
+        default=1000, metadata={"help": "log a grid of EMA samples every so many steps, 0 for never"}
+    )
+    num_inference_steps: int = field(default=25, metadata={"help": "sampling steps of the logged images"})
+    enable_xformers_memory_efficient_attention: bool = field(
+        default=False, metadata={"help": "use Paddle's flash / memory-efficient attention (GPU)"}
+    )
+
+    def __post_init__(self):
+        if not 0.0 <= self.ema_decay < 1.0:
+            raise InputError(f"--ema_decay must be in [0, 1), not {self.ema_decay}")
+        if self.image_logging_steps < 0:
+            raise InputError(f"--image_logging_steps must not be negative, but is {self.image_logging_steps}")
+        if self.num_inference_steps < 1:
+            raise InputError(f"--num_inference_steps must be at least 1, not {self.num_inference_steps}")
+
+
+@dataclass
+class SuiteTrainingArguments(TrainingArguments):
+    """PaddleNLP's training arguments with the defaults of diffusion training and of the machine at hand."""
+
+    _argument_group_name = "PaddleNLP's TrainingArguments"
+
+    learning_rate: float = field(default=1e-4, metadata={"help": "learning rate of AdamW"})
+    max_grad_norm: float = field(default=-1.0, metadata={"help": "clip the gradient to this norm; -1 for no clipping"})
+    lr_scheduler_type: str = field(default="constant", metadata={"help": "constant, constant_with_warmup, linear, ..."})
+    report_to: str = field(default="visualdl", metadata={"help": "where metrics go: visualdl, tensorboard, none, ..."})
+    device: str = field(default="", metadata={"help": "cpu, gpu, xpu, npu; empty for the GPU where there is one"})
+    disable_tqdm: Optional[bool] = field(
+        default=None, metadata={"help": "print plain lines, not a progress bar (default: off on a terminal)"}
+    )
+    ddp_find_unused_parameters: Optional[bool] = field(
+        default=False, metadata={"help": "search for parameters without gradient at every step (slow)"}
+    )
+
+    def __post_init__(self):
+        if not self.device:
+            self.device = (
+                "gpu" if paddle.device.is_compiled_with_cuda() and paddle.device.cuda.device_count() else "cpu"
+            )
+        if self.disable_tqdm is None:
+            self.disable_tqdm = not sys.stderr.isatty()
+        self._check()
+        # PaddleNLP logs two hundred lines of arguments at start.
+        logger.set_level("WARNING")
+        super().__post_init__()
+        # The sampler starts at the step a run resumes from, so that no data is read only to be skipped.
+        self.ignore_data_skip = True
+
+    def _check(self) -> None:
+        for name in ("per_device_train_batch_size", "gradient_accumulation_steps", "logging_steps", "save_steps"):
+            if getattr(self, name) < 1:
+                raise InputError(f"--{name} must be at least 1, not {getattr(self, name)}")
+        if self.fp16 and self.bf16:
+            raise InputError("--fp16 and --bf16 exclude each other")
+        if (self.fp16 or self.bf16) and self.device == "cpu":
+            print("note: --fp16 and --bf16 have no effect on a CPU; training in float32", file=sys.stderr)
+            self.fp16 = self.bf16 = False
+        if self.unified_checkpoint:
+            raise InputError("--unified_checkpoint is for PaddleNLP's pretrained language models; leave it out")
+
+
+def parse(*types: type, description: str) -> tuple:
+    """Parses the command line into one instance of each dataclass, listed in this order by `--help`.
+
+    Raises:
+        InputError: a value that cannot be, or flags that contradict each other.
+    """
+    parser = PdArgumentParser(types, description=description)
+    try:
+        *instances, unknown = parser.parse_args_into_dataclasses(
+            return_remaining_strings=True, look_for_args_file=False
+        )
+    except (ValueError, AssertionError) as error:  # how PaddleNLP refuses combinations of flags
+        raise InputError(str(error)) from error
+    if unknown:
+        raise InputError(f"unknown argument {unknown[0]!r}; --help lists the known ones")
+    return tuple(instances)

@@ -1,0 +1,85 @@
+"""The frozen autoencoder between pixels and latents (ppdiffusers' `AutoencoderKL`)."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import paddle
+
+from .errors import InputError
+from .weights import read_weights
+
+# File names a VAE folder may hold its weights under, ppdiffusers' own first.
+_WEIGHT_FILES = ("model_state.pdparams", "diffusion_paddle_model.safetensors")
+
+
+def load_vae(name_or_path: str):
+    """Loads a VAE from a ppdiffusers folder, or by its name on the model hub.
+
+    Returns:
+        An `AutoencoderKL` in eval mode; `config.scaling_factor` scales its latents to about unit variance.
+
+    Raises:
+        InputError: there is no such folder, its files are bad, or the hub cannot be reached.
+    """
+    from ppdiffusers.models.autoencoder_kl import AutoencoderKL
+
+    folder = Path(name_or_path)
+    if folder.is_dir():
+        vae = _from_folder(AutoencoderKL, folder)
+    else:
+        try:
+            vae = AutoencoderKL.from_pretrained(name_or_path)
+        except Exception as error:  # the hub clients raise whatever their transport raises
+            raise InputError(
+                f"the VAE {name_or_path!r} is neither a folder nor could it be downloaded "
+                f"({type(error).__name__}); give the path of a downloaded VAE folder"
+            ) from error
+    vae.eval()
+    return vae
+
+
+def _from_folder(cls, folder: Path):
+    try:
+        config = json.loads((folder / "config.json").read_text())
+    except OSError as error:
+        raise InputError(f"the VAE folder {folder} has no readable config.json: {error.strerror}") from None
+    except ValueError as error:
+        raise InputError(f"{folder / 'config.json'} is not JSON: {error}") from None
+    file = next((folder / name for name in _WEIGHT_FILES if (folder / name).is_file()), None)
+    if file is None:
+        raise InputError(f"the VAE folder {folder} holds none of {', '.join(_WEIGHT_FILES)}")
+    vae = cls.from_config(config)
+    weights = read_weights(file)
+    for name, tensor in vae.state_dict().items():
+        if name not in weights or list(weights[name].shape) != tensor.shape:
+            raise InputError(f"{file} lacks {name} of shape {tensor.shape}, which {folder / 'config.json'} asks for")
+    vae.set_state_dict(weights)
+    return vae
+
+
+@paddle.no_grad()
+def encode_moments(vae, images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Posterior of the latents, before scaling.
+
+    Args:
+        vae: an `AutoencoderKL`.
+        images: uint8 [B, H, W, 3].
+
+    Returns:
+        Mean and standard deviation, float32 [B, C, H / f, W / f] for a VAE that downsamples by f.
+    """
+    pixels = paddle.to_tensor(images.transpose(0, 3, 1, 2).astype("float32") / 127.5 - 1.0)
+    posterior = vae.encode(pixels.astype(vae.dtype)).latent_dist
+    return posterior.mean.astype("float32").numpy(), posterior.std.astype("float32").numpy()
+
+
+@paddle.no_grad()
+def decode_latents(vae, latents: paddle.Tensor, batch_size: int = 16) -> np.ndarray:
+    """Decodes scaled latents [B, C, h, w] to images, uint8 [B, H, W, 3], `batch_size` at a time."""
+    images = []
+    for start in range(0, latents.shape[0], batch_size):
+        part = latents[start : start + batch_size].astype(vae.dtype) / vae.config.scaling_factor
+        pixels = (vae.decode(part).sample.astype("float32") / 2 + 0.5).clip(0, 1)
+        images.append((pixels.transpose([0, 2, 3, 1]).numpy() * 255).round().astype("uint8"))
+    return np.concatenate(images)
