@@ -41,7 +41,6 @@ class ExtractionSettings:
 
 
 def extract_features(
-    data_path: Path,
     features_path: Path,
     vae,
     settings: ExtractionSettings,

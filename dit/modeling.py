@@ -172,9 +172,12 @@ class DiT(nn.Layer):
         x = self.x_embedder(x)
         x = x + self.pos_embed.expand(x.shape)
         c = self.t_embedder(t) + self.y_embedder(y)
-        for block in self.blocks:
+        # A copy of the condition for each user: their gradients are then summed in one fixed order, and recompute
+        # gives the same bits as without.
+        *conditions, final_condition = c.unsqueeze(0).expand([len(self.blocks) + 1, *c.shape]).unbind(0)
+        for block, c in zip(self.blocks, conditions, strict=True):
             x = self._recompute(block, x, c) if self.enable_recompute and self.training else block(x, c)
-        return self._unpatchify(self.final_layer(x, c))
+        return self._unpatchify(self.final_layer(x, final_condition))
 
     def forward_with_cfg(
         self,

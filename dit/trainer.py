@@ -1,0 +1,165 @@
+"""Training a DiT with PaddleNLP's Trainer: arguments, the trainer, and what the entry point calls."""
+
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Optional
+
+import numpy as np
+import paddle
+from paddlenlp.trainer import set_seed
+
+from latent_diffusion import checkpoint
+from latent_diffusion.ema import EMA
+from latent_diffusion.errors import InputError
+from latent_diffusion.images import image_grid
+from latent_diffusion.objectives import Denoiser, LearnedRangeDDPM
+from latent_diffusion.schedules import NoiseSchedule
+from latent_diffusion.trainer import LatentDiffusionTrainer
+from latent_diffusion.training_arguments import SuiteArguments, SuiteTrainingArguments
+from latent_diffusion.vae import decode_latents, load_vae
+
+from .configuration import DiTConfig
+from .features import FastDiTFeatures
+from .modeling import DiT
+from .sampling import make_sampler, sample_latents
+
+DEFAULT_MODEL = "DiT-XL/2"
+DEFAULT_OUTPUT_DIR = "./image_generation_dit_output_trainer"
+
+# Logged images: none, and the paper's scale for pictures to look at.
+GUIDANCE_SCALES = (1.0, 4.0)
+LOGGED_CLASSES = 8
+
+
+@dataclass
+class DiTArguments(SuiteArguments):
+    """Flags of DiT training."""
+
+    feature_path: str = field(
+        default="./data/fastdit_imagenet256",
+        metadata={"help": "folder that holds imagenet<resolution>_features and imagenet<resolution>_labels"},
+    )
+    config_file: Optional[str] = field(
+        default=None, metadata={"help": f"model configuration (config/*.json); without one, {DEFAULT_MODEL}"}
+    )
+    resolution: Optional[int] = field(
+        default=None, metadata={"help": "side of the images in pixels; without one the configuration's, or 256"}
+    )
+    use_flip: bool = field(
+        default=False, metadata={"help": "take mirrored latents half of the time, where extraction wrote them"}
+    )
+
+    def model_config(self) -> DiTConfig:
+        """The configuration that the flags ask for.
+
+        Raises:
+            InputError: `--config_file` is bad, or `--resolution` contradicts it.
+        """
+        if self.config_file is None:
+            return DiTConfig.from_name(DEFAULT_MODEL, image_size=self.resolution or 256)
+        config = DiTConfig.from_json(self.config_file)
+        if self.resolution not in (None, config.resolution):
+            raise InputError(
+                f"--resolution {self.resolution} contradicts {self.config_file}: its sample_size is for "
+                f"images of {config.resolution} pixels"
+            )
+        return config
+
+
+@dataclass
+class DiTTrainingArguments(SuiteTrainingArguments):
+    """PaddleNLP's training arguments with the output folder of DiT."""
+
+    output_dir: str = field(default=DEFAULT_OUTPUT_DIR, metadata={"help": "where checkpoints and logs are written"})
+
+
+class DiTTrainer(LatentDiffusionTrainer):
+    """Conditions the backbone on the class labels of the batch."""
+
+    def denoiser(self, model, inputs: dict[str, paddle.Tensor]) -> Denoiser:
+        return lambda x, t: model(x, t, inputs["labels"])
+
+
+def train(dit_args: DiTArguments, args: DiTTrainingArguments) -> None:
+    """Trains as the flags say; resumes from the newest checkpoint of the output folder if there is one.
+
+    Raises:
+        InputError: whatever is wrong with flags or features, before training starts.
+    """
+    if not args.do_train:
+        raise InputError("nothing to do: give --do_train")
+    config = dit_args.model_config()
+    store = FastDiTFeatures(dit_args.feature_path, config, dit_args.use_flip)
+    resume = _checkpoint_to_resume(args)
+    draw = _image_drawer(config, dit_args, args.seed) if _logs_images(dit_args, args) else None
+
+    set_seed(args.seed)
+    model = DiT(config)
+    if dit_args.enable_xformers_memory_efficient_attention:
+        model.enable_xformers_memory_efficient_attention()
+    ema = EMA(model, dit_args.ema_decay, dit_args.ema_warmup) if dit_args.use_ema else None
+    trainer = DiTTrainer(model, LearnedRangeDDPM(NoiseSchedule.linear()), store, ema, args)
+    if draw:
+        trainer.log_images(draw, dit_args.image_logging_steps)
+    if trainer.is_world_process_zero():
+        _print_plan(model, store, args, resume)
+    trainer.train(resume)
+
+
+def _checkpoint_to_resume(args: DiTTrainingArguments) -> Path | None:
+    output_dir = Path(args.output_dir)
+    if args.resume_from_checkpoint:
+        folder = Path(args.resume_from_checkpoint)
+        if not (folder / checkpoint.TRAINER_STATE).is_file():
+            raise InputError(f"--resume_from_checkpoint {folder} is not a complete checkpoint folder")
+        return folder
+    if not args.overwrite_output_dir:
+        return checkpoint.newest_checkpoint(output_dir)
+    if args.should_save and (folder := checkpoint.set_aside(output_dir)):
+        print(f"note: the checkpoints of an earlier run were moved to {folder}", file=sys.stderr)
+    return None
+
+
+def _logs_images(dit_args: DiTArguments, args: DiTTrainingArguments) -> bool:
+    return dit_args.image_logging_steps > 0 and args.should_save
+
+
+def _image_drawer(config: DiTConfig, dit_args: DiTArguments, seed: int):
+    """A function that draws grids with a model; None, with a warning, where there is no usable VAE."""
+    try:
+        vae = load_vae(dit_args.vae_name_or_path)
+        _check_vae(vae, config)
+    except InputError as error:
+        print(f"warning: no images will be logged: {error}", file=sys.stderr)
+        return None
+    labels = np.linspace(0, config.num_classes - 1, min(LOGGED_CLASSES, config.num_classes)).astype("int64")
+    sampler = make_sampler("ddim", dit_args.num_inference_steps)
+
+    def draw(model: DiT) -> dict[str, np.ndarray]:
+        grids = {}
+        for scale in GUIDANCE_SCALES:
+            latents = sample_latents(model, labels, sampler, guidance_scale=scale, seed=seed)
+            grid = image_grid(decode_latents(vae, latents), columns=4)
+            grids[f"guidance_{scale:g}"] = np.asarray(grid)
+        return grids
+
+    return draw
+
+
+def _check_vae(vae, config: DiTConfig) -> None:
+    """Decodes one latent: a VAE that does not fit says so now, not after the first thousand steps."""
+    if vae.config.latent_channels != config.in_channels:
+        raise InputError(f"the VAE has {vae.config.latent_channels} latent channels, the model {config.in_channels}")
+    decode_latents(vae, paddle.zeros([1, *config.latent_shape]))
+
+
+def _print_plan(model: DiT, store: FastDiTFeatures, args: DiTTrainingArguments, resume: Path | None) -> None:
+    parameters = sum(p.size for p in model.parameters() if not p.stop_gradient)
+    start = f"resuming from {resume}" if resume else "from scratch"
+    print(
+        f"{parameters / 1e6:.1f} M parameters, {len(store)} images, {args.max_steps} steps of "
+        f"{args.per_device_train_batch_size} x {args.gradient_accumulation_steps} x {args.dataset_world_size} samples "
+        f"on {args.device}, {start}; VisualDL logs in {args.logging_dir}",
+        flush=True,
+    )
