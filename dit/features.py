@@ -45,6 +45,8 @@ class FastDiTFeatures(FeatureStore):
         _check_present(features)
         self.names = list_arrays(features)
         self.label_folder = labels
+        # Filled as labels are read: the second epoch opens half as many files.
+        self._labels = np.full(len(self.names), -1, dtype=np.int64)
         self.latent_folders = [features] + ([flipped] if use_flip else [])
         for twin in [labels, *self.latent_folders[1:]]:
             _check_twins(self.names, features, twin)
@@ -68,6 +70,11 @@ class FastDiTFeatures(FeatureStore):
         return read_array(folder / self.names[index], self.config.latent_shape).astype("float32")
 
     def _label(self, index: int) -> int:
+        if self._labels[index] < 0:
+            self._labels[index] = self._read_label(index)
+        return int(self._labels[index])
+
+    def _read_label(self, index: int) -> int:
         path = self.label_folder / self.names[index]
         label = read_array(path, ())
         if label.dtype.kind not in "iu" or not 0 <= label < self.config.num_classes:

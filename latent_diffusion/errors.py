@@ -1,12 +1,32 @@
 """The one kind of error that is the user's to mend, and how a command reports it."""
 
+import contextlib
 import functools
 import sys
 from collections.abc import Callable
 
 
+# Shared libraries that slim images lack, and the Debian/Ubuntu package of each.
+SYSTEM_PACKAGES = {"libgomp.so.1": "libgomp1", "libGL.so.1": "libgl1", "libgthread-2.0.so.0": "libglib2.0-0"}
+
+
 class InputError(ValueError):
     """Bad input: the message is one sentence that names the file, flag or value and says what to do."""
+
+
+@contextlib.contextmanager
+def naming_missing_libraries():
+    """Turns the import error of a missing shared library into an `InputError` that names its package."""
+    try:
+        yield
+    except ImportError as error:
+        for library, package in SYSTEM_PACKAGES.items():
+            if library in str(error):
+                raise InputError(
+                    f"the system library {library} is missing; install the package that brings it "
+                    f"(Debian, Ubuntu: apt-get install {package})"
+                ) from error
+        raise
 
 
 def command(main: Callable[..., None]) -> Callable[..., None]:
@@ -18,7 +38,8 @@ def command(main: Callable[..., None]) -> Callable[..., None]:
     @functools.wraps(main)
     def run(*args, **kwargs):
         try:
-            return main(*args, **kwargs)
+            with naming_missing_libraries():
+                return main(*args, **kwargs)
         except InputError as error:
             print(f"error: {error}", file=sys.stderr, flush=True)
             sys.exit(1)

@@ -14,13 +14,10 @@ import types
 import warnings
 from pathlib import Path
 
-from .errors import InputError
+from .errors import naming_missing_libraries
 
 # glibc's mallopt parameters, from malloc.h.
 M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_MAX = -1, -2, -4
-
-# Shared libraries that slim images lack, and the Debian/Ubuntu package of each.
-SYSTEM_PACKAGES = {"libgomp.so.1": "libgomp1", "libGL.so.1": "libgl1", "libgthread-2.0.so.0": "libglib2.0-0"}
 
 
 def start() -> str:
@@ -90,21 +87,6 @@ def _without_import_notices():
         kept = [line for line in captured.getvalue().splitlines() if "OMP_NUM_THREADS" not in line]
         if kept:
             print("\n".join(kept), file=sys.stderr)
-
-
-@contextlib.contextmanager
-def naming_missing_libraries():
-    """Turns the import error of a missing shared library into an `InputError` that names its package."""
-    try:
-        yield
-    except ImportError as error:
-        for library, package in SYSTEM_PACKAGES.items():
-            if library in str(error):
-                raise InputError(
-                    f"the system library {library} is missing; install the package that brings it "
-                    f"(Debian, Ubuntu: apt-get install {package})"
-                ) from error
-        raise
 
 
 def import_paddlenlp() -> None:

@@ -14,7 +14,6 @@ import os
 import pickle
 import re
 import stat
-import uuid
 import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -23,6 +22,7 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from .errors import InputError
+from .files import replace_file
 
 WEIGHT_SUFFIXES = (".pdparams", ".pt", ".pth", ".bin", ".safetensors")
 
@@ -146,16 +146,7 @@ def write_paddle(path: str | os.PathLike, state: dict) -> None:
     """
     import paddle
 
-    path = Path(path)
-    # Beside the target, as a rename is atomic only within one file system; its own name for each of several writers.
-    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
-    try:
-        paddle.save(state, str(temporary))
-        with temporary.open("rb+") as file:
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    replace_file(Path(path), lambda temporary: paddle.save(state, str(temporary)))
 
 
 # Checks around reading
