@@ -7,11 +7,11 @@ import argparse
 from pathlib import Path
 
 from latent_diffusion import runtime
-from latent_diffusion.errors import command
+from latent_diffusion.errors import ArgumentParser, command
 
 
 def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     add = parser.add_argument
     add("--data-path", "--data_path", type=Path, required=True, help="image folder with one folder a class")
     add(
@@ -36,7 +36,7 @@ def parse_arguments() -> argparse.Namespace:
 @command
 def main() -> None:
     arguments = parse_arguments()
-    runtime.start()
+    print(runtime.start(), flush=True)
     from dit.extraction import extract_features, prepare
     from latent_diffusion.vae import load_vae
 

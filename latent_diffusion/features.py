@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import paddle
+from paddle.io.dataloader.collate import default_collate_fn
 
 from .errors import InputError
 from .objectives import Objective
@@ -112,3 +113,45 @@ class StreamBatchSampler(paddle.io.BatchSampler):
         for batch in range(self.first, self.last):
             start = (batch * self.world_size + self.rank) * self.batch_size
             yield list(range(start, start + self.batch_size))
+
+
+class TrainingLoader(paddle.io.DataLoader):
+    """Batches of a stream; an `InputError` met while one is read is raised to the caller as it is.
+
+    Paddle would print it as the traceback of a thread and give the caller an error of a queue.
+    """
+
+    def __init__(self, stream: paddle.io.Dataset, batch_sampler: StreamBatchSampler, num_workers: int = 0):
+        super().__init__(
+            _ErrorsAsSamples(stream), batch_sampler=batch_sampler, collate_fn=_collate, num_workers=num_workers
+        )
+
+    def __iter__(self) -> Iterator[dict[str, paddle.Tensor]]:
+        for batch in super().__iter__():
+            if _ERROR in batch:
+                raise InputError(batch[_ERROR].numpy().tobytes().decode())
+            yield batch
+
+
+_ERROR = "error"
+
+
+class _ErrorsAsSamples(paddle.io.Dataset):
+    def __init__(self, stream: paddle.io.Dataset):
+        self.stream = stream
+
+    def __len__(self) -> int:
+        return len(self.stream)
+
+    def __getitem__(self, position: int) -> dict[str, np.ndarray] | InputError:
+        try:
+            return self.stream[position]
+        except InputError as error:
+            return error
+
+
+def _collate(samples: list[dict[str, np.ndarray] | InputError]) -> dict[str, np.ndarray]:
+    for sample in samples:
+        if isinstance(sample, InputError):
+            return {_ERROR: np.frombuffer(str(sample).encode(), dtype=np.uint8)}
+    return default_collate_fn(samples)

@@ -21,12 +21,12 @@ M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_MAX = -1, -2, -4
 
 
 def start() -> str:
-    """Applies the settings, imports Paddle and returns one line that names what was set (empty when turned off).
+    """Applies the settings, imports Paddle and returns one line that names what was set.
 
     Raises:
         InputError: a shared library that Paddle needs is not installed; the message names its package.
     """
-    line = "" if _turned_off() or "paddle" in sys.modules else _tune()
+    line = "runtime: nothing tuned" if _turned_off() or "paddle" in sys.modules else _tune()
     with _without_import_notices(), naming_missing_libraries():
         import paddle  # noqa: F401
     return line

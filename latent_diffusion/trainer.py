@@ -12,12 +12,13 @@ import paddle
 from paddlenlp.trainer import PrinterCallback, Trainer, TrainerState
 from paddlenlp.trainer import ProgressCallback as PaddleNLPProgressCallback
 from paddlenlp.trainer.integrations import VisualDLCallback
+from paddlenlp.trainer.trainer_utils import ShardingOption
 
 from . import checkpoint
 from .callbacks import EMACallback, GradientNormCallback, ImageLoggingCallback, ProgressCallback
 from .ema import EMA
 from .errors import InputError
-from .features import FeatureStore, StreamBatchSampler, TrainingStream
+from .features import FeatureStore, StreamBatchSampler, TrainingLoader, TrainingStream
 from .files import publish_folder
 from .objectives import Denoiser, Objective
 from .weights import read_paddle, write_paddle
@@ -38,6 +39,10 @@ class LatentDiffusionTrainer(Trainer):
     """
 
     def __init__(self, model, objective: Objective, store: FeatureStore, ema: EMA | None, args):
+        if ema is not None and ShardingOption.FULL_SHARD in args.sharding:
+            raise InputError(
+                "--sharding stage3 keeps no whole weights to average; use stage1 or stage2, or --use_ema False"
+            )
         samples_per_step = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.dataset_world_size
         if args.max_steps <= 0:
             args.max_steps = math.ceil(len(store) * args.num_train_epochs / samples_per_step)
@@ -89,7 +94,7 @@ class LatentDiffusionTrainer(Trainer):
             rank=args.dataset_rank,
             world_size=args.dataset_world_size,
         )
-        return paddle.io.DataLoader(self.train_dataset, batch_sampler=sampler, num_workers=args.dataloader_num_workers)
+        return TrainingLoader(self.train_dataset, sampler, args.dataloader_num_workers)
 
     def compute_loss(self, model, inputs, return_outputs=False):
         losses = self.objective.losses(
@@ -108,7 +113,7 @@ class LatentDiffusionTrainer(Trainer):
     def _not_finite(self, what: str) -> InputError:
         return InputError(
             f"{what} is not finite at step {self.state.global_step + 1}; training stops and saves nothing, "
-            f"checkpoints in {self.args.output_dir} are intact; resume with a lower --learning_rate or --max_grad_norm 1"
+            f"checkpoints in {self.args.output_dir} are intact; try a lower --learning_rate or --max_grad_norm 1"
         )
 
     def log(self, logs: dict[str, float], **kwargs) -> None:
@@ -142,6 +147,8 @@ class LatentDiffusionTrainer(Trainer):
 
     def _save_checkpoint(self, model, metrics=None):
         """Writes a checkpoint folder under a temporary name, on all ranks together, and then renames it."""
+        if ShardingOption.FULL_SHARD in self.args.sharding:
+            self.model_wrapped.get_all_parameters(convert2cpu=True)
         if not all(bool(paddle.isfinite(p).all()) for p in self.model.parameters()):
             raise self._not_finite("a weight")
         args = self.args

@@ -8,7 +8,7 @@ import paddle
 from paddlenlp.trainer import PdArgumentParser, TrainingArguments
 from paddlenlp.utils.log import logger
 
-from .errors import InputError
+from .errors import ArgumentParser, InputError
 
 
 @dataclass
@@ -84,8 +84,14 @@ class SuiteTrainingArguments(TrainingArguments):
         if (self.fp16 or self.bf16) and self.device == "cpu":
             print("note: --fp16 and --bf16 have no effect on a CPU; training in float32", file=sys.stderr)
             self.fp16 = self.bf16 = False
+        if self.sharding and paddle.distributed.get_world_size() == 1:
+            raise InputError("--sharding needs several processes; start with python -m paddle.distributed.launch")
         if self.unified_checkpoint:
             raise InputError("--unified_checkpoint is for PaddleNLP's pretrained language models; leave it out")
+
+
+class _Parser(ArgumentParser, PdArgumentParser):
+    pass
 
 
 def parse(*types: type, description: str) -> tuple:
@@ -94,13 +100,15 @@ def parse(*types: type, description: str) -> tuple:
     Raises:
         InputError: a value that cannot be, or flags that contradict each other.
     """
-    parser = PdArgumentParser(types, description=description)
+    parser = _Parser(types, description=description)
     try:
         *instances, unknown = parser.parse_args_into_dataclasses(
             return_remaining_strings=True, look_for_args_file=False
         )
+    except InputError:
+        raise
     except (ValueError, AssertionError) as error:  # how PaddleNLP refuses combinations of flags
         raise InputError(str(error)) from error
     if unknown:
-        raise InputError(f"unknown argument {unknown[0]!r}; --help lists the known ones")
+        raise InputError(f"unknown argument {unknown[0]!r}; --help lists the flags")
     return tuple(instances)

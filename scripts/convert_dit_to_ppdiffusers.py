@@ -7,11 +7,11 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from latent_diffusion import runtime  # noqa: E402
-from latent_diffusion.errors import command  # noqa: E402
+from latent_diffusion.errors import ArgumentParser, command  # noqa: E402
 
 
 def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     add = parser.add_argument
     add(
         "--model_file",
@@ -51,7 +51,7 @@ def _boolean(text: str) -> bool:
 @command
 def main() -> None:
     arguments = parse_arguments()
-    runtime.start()
+    print(runtime.start(), flush=True)
     from dit.export import export_pipeline, find_config, find_weights, load_network, read_labels
 
     weights_file = find_weights(arguments.model_file, arguments.use_ema)

@@ -1,0 +1,128 @@
+from pathlib import Path
+
+import pytest
+
+from latent_diffusion import files
+from latent_diffusion.files import new_folder, publish_folder, replace_file
+
+
+def content(folder: Path) -> dict[str, str]:
+    """All files below a folder, hidden ones included."""
+    return {str(path.relative_to(folder)): path.read_text() for path in folder.rglob("*") if path.is_file()}
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+def test_a_file_is_replaced_and_nothing_else_is_left(tmp_path):
+    path = tmp_path / "a.txt"
+    for text in ("old", "new"):
+        replace_file(path, lambda temporary, text=text: temporary.write_text(text))
+    assert content(tmp_path) == {"a.txt": "new"}
+
+
+@pytest.mark.parametrize("failure", [OSError("disk full"), KeyboardInterrupt()])
+def test_a_failed_write_leaves_the_old_file(tmp_path, failure):
+    path = tmp_path / "a.txt"
+    path.write_text("old")
+
+    def write(temporary: Path) -> None:
+        temporary.write_text("ne")
+        raise failure
+
+    with pytest.raises(type(failure)):
+        replace_file(path, write)
+    assert content(tmp_path) == {"a.txt": "old"}
+
+
+def test_a_failed_flush_leaves_the_old_file(tmp_path, monkeypatch):
+    path = tmp_path / "a.txt"
+    path.write_text("old")
+
+    def fail(descriptor):
+        raise OSError("input/output error")
+
+    monkeypatch.setattr(files.os, "fsync", fail)
+    with pytest.raises(OSError, match="input/output"):
+        replace_file(path, lambda temporary: temporary.write_text("new"))
+    assert content(tmp_path) == {"a.txt": "old"}
+
+
+def test_the_file_has_its_name_only_when_it_is_complete(tmp_path):
+    path = tmp_path / "a.txt"
+
+    def write(temporary: Path) -> None:
+        temporary.write_text("part")
+        assert temporary.parent == tmp_path and not path.exists()
+        temporary.write_text("all")
+
+    replace_file(path, write)
+    assert path.read_text() == "all"
+
+
+def test_a_folder_takes_the_place_of_the_old_one(tmp_path):
+    target = tmp_path / "deep" / "folder"
+    with new_folder(target) as folder:
+        (folder / "stale.txt").write_text("old")
+    with new_folder(target) as folder:
+        assert content(target) == {"stale.txt": "old"}
+        (folder / "sub").mkdir()
+        (folder / "sub" / "a.txt").write_text("new")
+    assert content(target) == {"sub/a.txt": "new"}
+    assert names(tmp_path / "deep") == ["folder"]
+
+
+@pytest.mark.parametrize("existing", [True, False])
+def test_a_failed_folder_leaves_the_old_one(tmp_path, existing):
+    target = tmp_path / "folder"
+    if existing:
+        target.mkdir()
+        (target / "a.txt").write_text("old")
+
+    with pytest.raises(ValueError, match="half way"), new_folder(target) as folder:
+        (folder / "a.txt").write_text("new")
+        raise ValueError("half way")
+    assert content(tmp_path) == ({"folder/a.txt": "old"} if existing else {})
+    assert names(tmp_path) == (["folder"] if existing else [])
+
+
+def test_a_folder_is_published_under_its_name(tmp_path):
+    staging, target = tmp_path / ".staging", tmp_path / "folder"
+    for text in ("old", "new"):
+        staging.mkdir()
+        (staging / "a.txt").write_text(text)
+        publish_folder(staging, target)
+        assert content(tmp_path) == {"folder/a.txt": text} and names(tmp_path) == ["folder"]
+
+
+def test_a_folder_that_cannot_be_made_durable_is_not_published(tmp_path, monkeypatch):
+    staging, target = tmp_path / ".staging", tmp_path / "folder"
+    for folder, text in ((staging, "new"), (target, "old")):
+        folder.mkdir()
+        (folder / "a.txt").write_text(text)
+
+    def fail(descriptor):
+        raise OSError("input/output error")
+
+    monkeypatch.setattr(files.os, "fsync", fail)
+    with pytest.raises(OSError, match="input/output"):
+        publish_folder(staging, target)
+    assert content(target) == {"a.txt": "old"}
+
+
+def test_a_failed_rename_puts_the_old_folder_back(tmp_path, monkeypatch):
+    target = tmp_path / "folder"
+    target.mkdir()
+    (target / "a.txt").write_text("old")
+    rename = Path.rename
+
+    def fail_on_new(self, other):
+        if self.suffix == ".tmp":
+            raise OSError("disk full")
+        return rename(self, other)
+
+    monkeypatch.setattr(Path, "rename", fail_on_new)
+    with pytest.raises(OSError, match="disk full"), new_folder(target) as folder:
+        (folder / "a.txt").write_text("new")
+    assert content(tmp_path) == {"folder/a.txt": "old"}
