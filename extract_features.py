@@ -37,22 +37,21 @@ def parse_arguments() -> argparse.Namespace:
 def main() -> None:
     arguments = parse_arguments()
     print(runtime.start(), flush=True)
-    from dit.extraction import extract_features, prepare
+    from dit.extraction import ExtractionSettings, extract_features
     from latent_diffusion.vae import load_vae
 
     vae_name = f"stabilityai/sd-vae-ft-{arguments.vae}" if arguments.vae in ("mse", "ema") else arguments.vae
-    settings, paths, labels = prepare(
-        arguments.data_path,
-        vae_name,
-        vae := load_vae(vae_name),
-        arguments.image_size,
-        arguments.dtype,
-        arguments.use_flip,
-        arguments.global_seed,
+    settings = ExtractionSettings(
+        vae=vae_name,
+        resolution=arguments.image_size,
+        dtype=arguments.dtype,
+        flip=arguments.use_flip,
+        seed=arguments.global_seed,
     )
-    print(f"{len(paths)} images of {len(settings.classes)} classes from {arguments.data_path}", flush=True)
-    encoded = extract_features(arguments.features_path, vae, settings, paths, labels, arguments.batch_size)
-    print(f"encoded {encoded} images, {len(paths) - encoded} were there already, in {arguments.features_path}")
+    encoded, total = extract_features(
+        arguments.data_path, arguments.features_path, settings, load_vae(vae_name), arguments.batch_size
+    )
+    print(f"encoded {encoded} images, {total - encoded} were there already, in {arguments.features_path}")
 
 
 if __name__ == "__main__":

@@ -10,7 +10,6 @@ from latent_diffusion import checkpoint
 from latent_diffusion.errors import InputError
 from latent_diffusion.files import new_folder
 from latent_diffusion.vae import load_vae
-from latent_diffusion.weights import read_weights
 
 from .configuration import DiTConfig
 from .modeling import DiT
@@ -67,16 +66,8 @@ def load_network(weights_file: Path, config: DiTConfig) -> DiT:
     Raises:
         InputError: the weights are not those of the configuration.
     """
-    weights = read_weights(weights_file)
     model = DiT(config)
-    for name, tensor in model.state_dict().items():
-        if name not in weights:
-            raise InputError(f"{weights_file} lacks the weight {name} of the configured model")
-        if list(weights[name].shape) != tensor.shape:
-            raise InputError(
-                f"{name} in {weights_file} has shape {weights[name].shape}, the configuration says {tensor.shape}"
-            )
-    model.set_state_dict(weights)
+    checkpoint.load_weights(weights_file, model)
     model.eval()
     return model
 

@@ -1,23 +1,20 @@
 """Training a DiT with PaddleNLP's Trainer: arguments, the trainer, and what the entry point calls."""
 
-import sys
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Optional
 
 import numpy as np
 import paddle
 from paddlenlp.trainer import set_seed
 
-from latent_diffusion import checkpoint
 from latent_diffusion.ema import EMA
 from latent_diffusion.errors import InputError
 from latent_diffusion.images import image_grid
 from latent_diffusion.objectives import Denoiser, LearnedRangeDDPM
 from latent_diffusion.schedules import NoiseSchedule
-from latent_diffusion.trainer import LatentDiffusionTrainer
+from latent_diffusion.trainer import LatentDiffusionTrainer, checkpoint_to_resume
 from latent_diffusion.training_arguments import SuiteArguments, SuiteTrainingArguments
-from latent_diffusion.vae import decode_latents, load_vae
+from latent_diffusion.vae import decode_latents, load_vae_for_images
 
 from .configuration import DiTConfig
 from .features import FastDiTFeatures
@@ -91,8 +88,9 @@ def train(dit_args: DiTArguments, args: DiTTrainingArguments) -> None:
         raise InputError("nothing to do: give --do_train")
     config = dit_args.model_config()
     store = FastDiTFeatures(dit_args.feature_path, config, dit_args.use_flip)
-    resume = _checkpoint_to_resume(args)
-    draw = _image_drawer(config, dit_args, args.seed) if _logs_images(dit_args, args) else None
+    resume = checkpoint_to_resume(args)
+    logs_images = dit_args.image_logging_steps > 0 and args.should_save
+    draw = _image_drawer(config, dit_args, args.seed) if logs_images else None
 
     set_seed(args.seed)
     model = DiT(config)
@@ -102,36 +100,13 @@ def train(dit_args: DiTArguments, args: DiTTrainingArguments) -> None:
     trainer = DiTTrainer(model, LearnedRangeDDPM(NoiseSchedule.linear()), store, ema, args)
     if draw:
         trainer.log_images(draw, dit_args.image_logging_steps)
-    if trainer.is_world_process_zero():
-        _print_plan(model, store, args, resume)
     trainer.train(resume)
 
 
-def _checkpoint_to_resume(args: DiTTrainingArguments) -> Path | None:
-    output_dir = Path(args.output_dir)
-    if args.resume_from_checkpoint:
-        folder = Path(args.resume_from_checkpoint)
-        if not (folder / checkpoint.TRAINER_STATE).is_file():
-            raise InputError(f"--resume_from_checkpoint {folder} is not a complete checkpoint folder")
-        return folder
-    if not args.overwrite_output_dir:
-        return checkpoint.newest_checkpoint(output_dir)
-    if args.should_save and (folder := checkpoint.set_aside(output_dir)):
-        print(f"note: the checkpoints of an earlier run were moved to {folder}", file=sys.stderr)
-    return None
-
-
-def _logs_images(dit_args: DiTArguments, args: DiTTrainingArguments) -> bool:
-    return dit_args.image_logging_steps > 0 and args.should_save
-
-
 def _image_drawer(config: DiTConfig, dit_args: DiTArguments, seed: int):
-    """A function that draws grids with a model; None, with a warning, where there is no usable VAE."""
-    try:
-        vae = load_vae(dit_args.vae_name_or_path)
-        _check_vae(vae, config)
-    except InputError as error:
-        print(f"warning: no images will be logged: {error}", file=sys.stderr)
+    """A function that draws grids of images with a model, or None where there is no usable VAE."""
+    vae = load_vae_for_images(dit_args.vae_name_or_path, config.latent_shape)
+    if vae is None:
         return None
     labels = np.linspace(0, config.num_classes - 1, min(LOGGED_CLASSES, config.num_classes)).astype("int64")
     sampler = make_sampler("ddim", dit_args.num_inference_steps)
@@ -145,21 +120,3 @@ def _image_drawer(config: DiTConfig, dit_args: DiTArguments, seed: int):
         return grids
 
     return draw
-
-
-def _check_vae(vae, config: DiTConfig) -> None:
-    """Decodes one latent: a VAE that does not fit says so now, not after the first thousand steps."""
-    if vae.config.latent_channels != config.in_channels:
-        raise InputError(f"the VAE has {vae.config.latent_channels} latent channels, the model {config.in_channels}")
-    decode_latents(vae, paddle.zeros([1, *config.latent_shape]))
-
-
-def _print_plan(model: DiT, store: FastDiTFeatures, args: DiTTrainingArguments, resume: Path | None) -> None:
-    parameters = sum(p.size for p in model.parameters() if not p.stop_gradient)
-    start = f"resuming from {resume}" if resume else "from scratch"
-    print(
-        f"{parameters / 1e6:.1f} M parameters, {len(store)} images, {args.max_steps} steps of "
-        f"{args.per_device_train_batch_size} x {args.gradient_accumulation_steps} x {args.dataset_world_size} samples "
-        f"on {args.device}, {start}; VisualDL logs in {args.logging_dir}",
-        flush=True,
-    )

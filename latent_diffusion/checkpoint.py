@@ -17,7 +17,7 @@ import numpy as np
 import paddle
 
 from .errors import InputError
-from .weights import read_paddle, write_paddle
+from .weights import read_paddle, read_weights, write_paddle
 
 MODEL, EMA_MODEL, CONFIG = "model_state.pdparams", "ema_state.pdparams", "config.json"
 OPTIMIZER, SCHEDULER, SCALER = "optimizer.pdopt", "scheduler.pdparams", "scaler.pdparams"
@@ -64,16 +64,19 @@ def set_aside(output_dir: Path) -> Path | None:
 
 
 def load_weights(path: Path, model: paddle.nn.Layer) -> None:
-    """Sets all weights of `model` from a file of our own.
+    """Sets all weights of `model` from a weight file; they keep the model's dtypes.
 
     Raises:
         InputError: the file cannot be read, or its weights are not those of the model.
     """
-    weights = read_paddle(path)
+    weights = read_weights(path)
     own = model.state_dict()
     for name, tensor in own.items():
-        if name not in weights or list(weights[name].shape) != tensor.shape:
-            raise InputError(f"{path} lacks the weight {name} of shape {tensor.shape}: it belongs to another model")
+        if name not in weights:
+            raise InputError(f"{path} lacks the weight {name}: it belongs to another model")
+        if list(weights[name].shape) != tensor.shape:
+            found, expected = list(weights[name].shape), list(tensor.shape)
+            raise InputError(f"{name} in {path} has shape {found}, the model's has {expected}")
     if unknown := sorted(set(weights) - set(own)):
         raise InputError(f"{path} has the weight {unknown[0]}, which the model has not: it belongs to another model")
     # The reader gives float32 for bfloat16.
@@ -152,9 +155,11 @@ def set_rng_state(state: dict) -> None:
     generators = _generators()
     if len(generators) == len(state["paddle"]):
         for generator, values in zip(generators, state["paddle"], strict=True):
-            current = generator.get_state()
-            current.__setstate__(tuple(values))
-            generator.set_state(current)
+            # Of its own: `__setstate__` does nothing to a state that has its values.
+            kind = type(generator.get_state())
+            saved = kind.__new__(kind)
+            saved.__setstate__(tuple(values))
+            generator.set_state(saved)
 
 
 def _generators() -> list:

@@ -90,7 +90,7 @@ class _Bucket:
     def restore(self, state: dict[str, np.ndarray]) -> None:
         for name, p in self.named:
             if name not in state or list(state[name].shape) != p.shape:
-                raise InputError(f"the EMA weights lack {name} of shape {p.shape}: they belong to another model")
+                raise InputError(f"the EMA weights lack {name} of shape {list(p.shape)}: they belong to another model")
         flat = np.concatenate([np.asarray(state[name], dtype=np.float32).reshape(-1) for name, _ in self.named])
         self.average.set_value(flat)
 

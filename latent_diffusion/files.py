@@ -41,14 +41,22 @@ def new_folder(path: Path) -> Iterator[Path]:
 
 
 def publish_folder(temporary: Path, path: Path) -> None:
-    """Makes all files of `temporary` durable and renames it to `path`, replacing a folder of that name."""
+    """Makes all files of `temporary` durable and renames it to `path`, replacing a folder of that name.
+
+    On failure `path` is as before.
+    """
     for file in temporary.rglob("*"):
         if file.is_file():
             sync(file)
     replaced = path.with_name(f".{path.name}.{uuid.uuid4().hex}.old")
     if path.exists():
         path.rename(replaced)
-    temporary.rename(path)
+    try:
+        temporary.rename(path)
+    except BaseException:
+        if replaced.exists():
+            replaced.rename(path)
+        raise
     sync(path.parent)
     shutil.rmtree(replaced, ignore_errors=True)
 

@@ -2,6 +2,7 @@
 
 import math
 import shutil
+import sys
 import time
 from abc import abstractmethod
 from collections.abc import Callable
@@ -79,11 +80,24 @@ class LatentDiffusionTrainer(Trainer):
         if resume_from_checkpoint is not None:
             state_file = Path(resume_from_checkpoint) / checkpoint.TRAINER_STATE
             self._resumed_step = TrainerState.load_from_json(str(state_file)).global_step
+        if self.is_world_process_zero():
+            self._print_plan(resume_from_checkpoint)
         self._logged_at = time.perf_counter()
         result = super().train(resume_from_checkpoint=resume_from_checkpoint and str(resume_from_checkpoint))
         if not (Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}").is_dir():
             self._save_checkpoint(self.model)
         return result
+
+    def _print_plan(self, resume_from_checkpoint: str | Path | None) -> None:
+        args = self.args
+        parameters = sum(p.size for p in self.model.parameters() if not p.stop_gradient)
+        start = f"resuming from {resume_from_checkpoint}" if resume_from_checkpoint else "from scratch"
+        print(
+            f"{parameters / 1e6:.1f} M parameters, {len(self.store)} images, {args.max_steps} steps of "
+            f"{args.per_device_train_batch_size} x {args.gradient_accumulation_steps} x {args.dataset_world_size} "
+            f"samples on {args.device}, {start}; logs in {args.logging_dir}",
+            flush=True,
+        )
 
     def get_train_dataloader(self) -> paddle.io.DataLoader:
         args = self.args
@@ -219,3 +233,23 @@ class LatentDiffusionTrainer(Trainer):
         rng_file = folder / self._rng_file()
         if rng_file.is_file():
             checkpoint.set_rng_state(read_paddle(rng_file))
+
+
+def checkpoint_to_resume(args) -> Path | None:
+    """The checkpoint that the flags say to resume from: the given one, else the newest of the output folder.
+
+    `--overwrite_output_dir` starts anew and moves the checkpoints of an earlier run aside, saying where to.
+
+    Raises:
+        InputError: the given folder is no complete checkpoint.
+    """
+    if args.resume_from_checkpoint:
+        folder = Path(args.resume_from_checkpoint)
+        if not (folder / checkpoint.TRAINER_STATE).is_file():
+            raise InputError(f"--resume_from_checkpoint {folder} is not a complete checkpoint folder")
+        return folder
+    if not args.overwrite_output_dir:
+        return checkpoint.newest_checkpoint(Path(args.output_dir))
+    if args.should_save and (folder := checkpoint.set_aside(Path(args.output_dir))):
+        print(f"note: the checkpoints of an earlier run were moved to {folder}", file=sys.stderr)
+    return None

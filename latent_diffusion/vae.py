@@ -1,13 +1,14 @@
 """The frozen autoencoder between pixels and latents (ppdiffusers' `AutoencoderKL`)."""
 
 import json
+import sys
 from pathlib import Path
 
 import numpy as np
 import paddle
 
+from .checkpoint import load_weights
 from .errors import InputError
-from .weights import read_weights
 
 # File names a VAE folder may hold its weights under, ppdiffusers' own first.
 _WEIGHT_FILES = ("model_state.pdparams", "diffusion_paddle_model.safetensors")
@@ -39,6 +40,24 @@ def load_vae(name_or_path: str):
     return vae
 
 
+def load_vae_for_images(name_or_path: str, latent_shape: tuple[int, int, int]):
+    """A VAE to look at samples with, or None, with one warning, where it cannot be used.
+
+    It decodes one latent of `latent_shape` (C, H, W): a VAE that does not fit says so before training, not after the
+    first thousand steps of it.
+    """
+    try:
+        vae = load_vae(name_or_path)
+        channels = vae.config.latent_channels
+        if channels != latent_shape[0]:
+            raise InputError(f"the VAE {name_or_path} has {channels} latent channels, the model {latent_shape[0]}")
+    except InputError as error:
+        print(f"warning: no images will be logged: {error}", file=sys.stderr)
+        return None
+    decode_latents(vae, paddle.zeros([1, *latent_shape]))
+    return vae
+
+
 def _from_folder(cls, folder: Path):
     try:
         config = json.loads((folder / "config.json").read_text())
@@ -50,11 +69,7 @@ def _from_folder(cls, folder: Path):
     if file is None:
         raise InputError(f"the VAE folder {folder} holds none of {', '.join(_WEIGHT_FILES)}")
     vae = cls.from_config(config)
-    weights = read_weights(file)
-    for name, tensor in vae.state_dict().items():
-        if name not in weights or list(weights[name].shape) != tensor.shape:
-            raise InputError(f"{file} lacks {name} of shape {tensor.shape}, which {folder / 'config.json'} asks for")
-    vae.set_state_dict(weights)
+    load_weights(file, vae)
     return vae
 
 

@@ -155,3 +155,24 @@ def golden_training(make_dit, golden, golden_json) -> GoldenTraining:
             ema.update(k + 1)
     deltas = [delta(model.state_dict()), *(delta(ema.state_dict()) for ema in emas)]
     return GoldenTraining(losses, outputs, noisy, grads, *deltas)
+
+
+@pytest.fixture(scope="session")
+def vae_folder(tmp_path_factory) -> Path:
+    """A small `AutoencoderKL` with random weights: images of any size to 4 channels of an eighth of it."""
+    from ppdiffusers.models.autoencoder_kl import AutoencoderKL
+
+    paddle.seed(0)
+    vae = AutoencoderKL(
+        down_block_types=["DownEncoderBlock2D"] * 4,
+        up_block_types=["UpDecoderBlock2D"] * 4,
+        block_out_channels=[8, 8, 8, 8],
+        layers_per_block=1,
+        norm_num_groups=4,
+        latent_channels=4,
+        sample_size=64,
+        scaling_factor=0.5,
+    )
+    folder = tmp_path_factory.mktemp("vae")
+    vae.save_pretrained(str(folder), safe_serialization=False)
+    return folder

@@ -105,4 +105,4 @@ def test_labels_are_written_before_their_rows():
     plain, labeled = image_grid(images, 2), image_grid(images, 2, ["one", "another"])
     assert labeled.height == plain.height and labeled.width > plain.width + 12
     margin = np.asarray(labeled)[:, : labeled.width - plain.width]
-    assert (margin[:24] == 0).any() and (margin[24:] == 0).any()
+    assert (margin[:24] < 128).any() and (margin[24:] < 128).any()

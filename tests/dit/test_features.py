@@ -1,0 +1,137 @@
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from dit import features
+from dit.configuration import DiTConfig
+from dit.features import FastDiTFeatures, feature_folders
+from latent_diffusion.errors import InputError
+from latent_diffusion.features import StreamBatchSampler, TrainingLoader, TrainingStream
+from latent_diffusion.objectives import LearnedRangeDDPM
+from latent_diffusion.schedules import NoiseSchedule
+
+SHAPE = (4, 8, 8)
+
+
+def config(**settings) -> DiTConfig:
+    values = {"sample_size": 8, "num_classes": 10, "class_dropout_prob": 0.0} | settings
+    return DiTConfig(
+        patch_size=2, in_channels=4, num_layers=1, num_attention_heads=2, attention_head_dim=8, **values
+    )
+
+
+def write(root: Path, names, flip: bool = False, dtype: str = "float32", shape=(1, *SHAPE)) -> None:
+    """Latents that hold the number of their name (its negative when mirrored), labels that are its last digit."""
+    latents, labels, flipped = feature_folders(root, 64)
+    for folder in (latents, labels, *([flipped] if flip else [])):
+        folder.mkdir(parents=True, exist_ok=True)
+    for name in names:
+        np.save(latents / f"{name}.npy", np.full(shape, name, dtype))
+        np.save(labels / f"{name}.npy", np.array([name % 10]))
+        if flip:
+            np.save(flipped / f"{name}.npy", np.full(shape, -name, dtype))
+
+
+def sample(store: FastDiTFeatures, index: int, seed: int = 0) -> tuple[np.ndarray, int]:
+    found = store.sample(index, np.random.default_rng(seed))
+    return found["latents"], int(found["labels"])
+
+
+def test_latents_and_labels_are_paired_by_name(tmp_path):
+    """Not by position: in a sorted listing 10 comes before 9."""
+    write(tmp_path, [9, 10, 2, 31])
+    store = FastDiTFeatures(tmp_path, config())
+    assert len(store) == 4
+    found = [sample(store, index) for index in range(4)]
+    assert {int(latents[0, 0, 0]): label for latents, label in found} == {9: 9, 10: 0, 2: 2, 31: 1}
+
+
+@pytest.mark.parametrize("dtype", ["float16", "float32"])
+@pytest.mark.parametrize("shape", [SHAPE, (1, *SHAPE)])
+def test_both_shapes_and_types_are_read(tmp_path, dtype, shape):
+    write(tmp_path, [3], dtype=dtype, shape=shape)
+    latents, label = sample(FastDiTFeatures(tmp_path, config()), 0)
+    assert latents.dtype == np.float32 and latents.shape == SHAPE
+    assert (latents == 3).all() and label == 3
+
+
+def test_a_label_may_be_a_scalar(tmp_path):
+    write(tmp_path, [3])
+    np.save(tmp_path / "imagenet64_labels" / "3.npy", np.int32(7))
+    assert sample(FastDiTFeatures(tmp_path, config()), 0)[1] == 7
+
+
+@pytest.mark.parametrize("kind", ["features", "labels", "features_flip"])
+def test_a_missing_twin_is_named(tmp_path, kind):
+    write(tmp_path, range(5), flip=True)
+    (tmp_path / f"imagenet64_{kind}" / "3.npy").unlink()
+    with pytest.raises(InputError, match=rf"imagenet64_{kind}/3\.npy is missing"):
+        FastDiTFeatures(tmp_path, config(), use_flip=True)
+
+
+def test_mirrored_latents_that_were_not_extracted_are_missed(tmp_path):
+    write(tmp_path, range(5))
+    with pytest.raises(InputError, match="imagenet64_features_flip"):
+        FastDiTFeatures(tmp_path, config(), use_flip=True)
+
+
+@pytest.mark.parametrize("folder", ["features", "features_flip"])
+def test_a_wrong_shape_is_named(tmp_path, folder):
+    write(tmp_path, range(5), flip=True)
+    np.save(tmp_path / f"imagenet64_{folder}" / "2.npy", np.zeros((1, 4, 16, 16), np.float32))
+    with pytest.raises(InputError, match=rf"imagenet64_{folder}/2\.npy has shape .*expected \(4, 8, 8\)"):
+        FastDiTFeatures(tmp_path, config(), use_flip=True)
+
+
+@pytest.mark.parametrize("label", [10, -1, 3.0])
+def test_a_label_that_is_no_class_is_named(tmp_path, label):
+    write(tmp_path, range(5))
+    np.save(tmp_path / "imagenet64_labels" / "2.npy", np.array([label]))
+    with pytest.raises(InputError, match=r"imagenet64_labels/2\.npy holds .* not a class in \[0, 10\)"):
+        FastDiTFeatures(tmp_path, config())
+
+
+def test_an_empty_folder_is_named(tmp_path):
+    write(tmp_path, [])
+    with pytest.raises(InputError, match="imagenet64_features holds no .npy file"):
+        FastDiTFeatures(tmp_path, config())
+
+
+def test_a_missing_folder_is_named_with_what_is_there(tmp_path):
+    write(tmp_path, [1])
+    with pytest.raises(InputError, match="imagenet128_features does not exist; found there: imagenet64_features"):
+        FastDiTFeatures(tmp_path, config(sample_size=16))
+    with pytest.raises(InputError, match=r"nowhere/imagenet64_features does not exist; make it"):
+        FastDiTFeatures(tmp_path / "nowhere", config())
+
+
+def test_mirrored_latents_are_taken_half_of_the_time(tmp_path):
+    write(tmp_path, [7], flip=True)
+    with_flip, without = (FastDiTFeatures(tmp_path, config(), use_flip=flip) for flip in (True, False))
+    mirrored = sum(sample(with_flip, 0, seed)[0][0, 0, 0] == -7 for seed in range(400))
+    assert 160 < mirrored < 240
+    assert all(sample(without, 0, seed)[0][0, 0, 0] == 7 for seed in range(20))
+
+
+@pytest.mark.parametrize(("rate", "least", "most"), [(0.25, 70, 130), (0.0, 0, 0), (1.0, 400, 400)])
+def test_labels_are_replaced_by_the_null_class_at_the_rate(tmp_path, rate, least, most):
+    write(tmp_path, [7])
+    store = FastDiTFeatures(tmp_path, config(class_dropout_prob=rate))
+    labels = [sample(store, 0, seed)[1] for seed in range(400)]
+    assert set(labels) <= {7, 10}
+    assert least <= labels.count(10) <= most
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_bad_file_met_later_is_named(tmp_path, monkeypatch, workers):
+    """Up front only some files are opened; the others are checked when they are read, in a worker or not."""
+    monkeypatch.setattr(features, "FILES_CHECKED", 2)
+    write(tmp_path, range(10))
+    bad = tmp_path / "imagenet64_features" / "4.npy"
+    bad.write_bytes(bad.read_bytes()[:200])
+    store = FastDiTFeatures(tmp_path, config())
+    stream = TrainingStream(store, LearnedRangeDDPM(NoiseSchedule.linear()), seed=0)
+    with pytest.raises(InputError) as error:
+        list(TrainingLoader(stream, StreamBatchSampler(2, 0, 5), workers))
+    assert str(bad) in str(error.value) and "\n" not in str(error.value)

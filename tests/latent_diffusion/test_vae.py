@@ -1,0 +1,98 @@
+import json
+import pickle
+import shutil
+
+import numpy as np
+import paddle
+import pytest
+
+from latent_diffusion.errors import InputError
+from latent_diffusion.vae import decode_latents, encode_moments, load_vae
+
+
+@pytest.fixture
+def folder(vae_folder, tmp_path):
+    """A copy that a test may spoil."""
+    return shutil.copytree(vae_folder, tmp_path / "vae")
+
+
+def test_a_folder_gives_its_network(vae_folder):
+    from ppdiffusers.models.autoencoder_kl import AutoencoderKL
+
+    own, theirs = load_vae(str(vae_folder)), AutoencoderKL.from_pretrained(str(vae_folder))
+    assert not own.training
+    assert own.config.scaling_factor == theirs.config.scaling_factor == 0.5
+    for name, tensor in theirs.state_dict().items():
+        np.testing.assert_array_equal(own.state_dict()[name].numpy(), tensor.numpy(), err_msg=name)
+
+
+def test_safetensors_are_read_too(vae_folder, tmp_path):
+    vae = load_vae(str(vae_folder))
+    vae.save_pretrained(str(tmp_path / "vae"), safe_serialization=True)
+    assert not (tmp_path / "vae" / "model_state.pdparams").exists()
+    reloaded = load_vae(str(tmp_path / "vae")).state_dict()
+    for name, tensor in vae.state_dict().items():
+        np.testing.assert_array_equal(reloaded[name].numpy(), tensor.numpy(), err_msg=name)
+
+
+def test_images_become_latents_and_images_again(vae_folder):
+    vae = load_vae(str(vae_folder))
+    images = np.random.default_rng(0).integers(0, 256, (3, 64, 64, 3), dtype=np.uint8)
+    mean, std = encode_moments(vae, images)
+    assert mean.shape == std.shape == (3, 4, 8, 8)
+    assert mean.dtype == std.dtype == np.float32 and (std > 0).all()
+    latents = paddle.to_tensor(mean * vae.config.scaling_factor)
+    decoded = decode_latents(vae, latents)
+    assert decoded.shape == (3, 64, 64, 3) and decoded.dtype == np.uint8
+    with paddle.no_grad():
+        expected = ((vae.decode(paddle.to_tensor(mean)).sample.numpy() + 1) * 127.5).clip(0, 255)
+    assert np.abs(decoded - expected.transpose(0, 2, 3, 1)).max() <= 0.51
+
+
+def test_decoding_in_parts_changes_nothing(vae_folder):
+    vae = load_vae(str(vae_folder))
+    latents = paddle.to_tensor(np.random.default_rng(0).standard_normal((3, 4, 8, 8), dtype=np.float32))
+    whole, parts = decode_latents(vae, latents), decode_latents(vae, latents, batch_size=2)
+    assert np.abs(whole.astype(int) - parts).max() <= 1
+
+
+@pytest.mark.parametrize("missing", ["config.json", "model_state.pdparams"])
+def test_a_missing_file_is_named(folder, missing):
+    (folder / missing).unlink()
+    with pytest.raises(InputError, match=rf"the VAE folder .*vae.*{missing}"):
+        load_vae(str(folder))
+
+
+def test_a_broken_config_is_named(folder):
+    (folder / "config.json").write_text("{")
+    with pytest.raises(InputError, match=r"config\.json is not JSON"):
+        load_vae(str(folder))
+
+
+def test_weights_of_another_configuration_are_refused(folder):
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"latent_channels": 8}))
+    with pytest.raises(InputError, match=r"\S+ in .*model_state\.pdparams has shape \[.*\], the model.s has \["):
+        load_vae(str(folder))
+
+
+class Bomb:
+    def __reduce__(self):
+        return pytest.fail, ("the file was executed",)
+
+
+def test_a_pickle_of_anything_but_weights_is_refused_and_not_executed(folder):
+    (folder / "model_state.pdparams").write_bytes(pickle.dumps({"encoder.conv_in.weight": Bomb()}))
+    with pytest.raises(InputError, match=r"model_state\.pdparams was refused"):
+        load_vae(str(folder))
+
+
+def test_a_name_that_cannot_be_downloaded_is_named(monkeypatch):
+    from ppdiffusers.models.autoencoder_kl import AutoencoderKL
+
+    def fail(*args, **kwargs):
+        raise OSError("no route to host")
+
+    monkeypatch.setattr(AutoencoderKL, "from_pretrained", fail)
+    with pytest.raises(InputError, match="the VAE 'some/vae' is neither a folder nor could it be downloaded"):
+        load_vae("some/vae")
