@@ -27,8 +27,8 @@ COMMANDS = {
         --data-path {DATA}/images/train --features-path {DATA} --image-size 64 --vae {VAE} --batch-size 32""",
     "train the DiT": f"""train_image_generation_dit_trainer.py
         --do_train --config_file {CONFIG} --feature_path {DATA} --output_dir {TRAINING}
-        --per_device_train_batch_size 32 --max_steps 2400 --learning_rate 2e-3 --lr_scheduler_type cosine
-        --ema_decay 0.995 --ema_warmup --logging_steps 50 --save_steps 1200 --dataloader_num_workers 1
+        --per_device_train_batch_size 32 --max_steps 3000 --learning_rate 2e-3 --lr_scheduler_type cosine
+        --ema_decay 0.995 --ema_warmup --logging_steps 50 --save_steps 1500 --dataloader_num_workers 1
         --vae_name_or_path {VAE} --image_logging_steps 600 --num_inference_steps 25 --seed 23""",
     "export the pipeline": f"""scripts/convert_dit_to_ppdiffusers.py
         --model_file {TRAINING} --vae_name_or_path {VAE} --output_path {PIPELINE} --id2label {LABELS}""",

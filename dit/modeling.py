@@ -4,8 +4,8 @@ W. Peebles, S. Xie, "Scalable Diffusion Models with Transformers", arXiv 2212.09
 names and shapes are those of facebookresearch/DiT `models.py` (Linear weights transposed, as Paddle stores them).
 """
 
-import logging
 import math
+import sys
 
 import numpy as np
 import paddle
@@ -169,7 +169,7 @@ class DiT(nn.Layer):
         Returns:
             [B, out_channels, H, W]: noise, then variance values in about [-1, 1] when `learn_sigma`.
         """
-        x = self.x_embedder(x)
+        x = self.x_embedder(x.astype(self.pos_embed.dtype))
         x = x + self.pos_embed.expand(x.shape)
         c = self.t_embedder(t) + self.y_embedder(y)
         # A copy of the condition for each user: their gradients are then summed in one fixed order, and recompute
@@ -209,7 +209,7 @@ class DiT(nn.Layer):
     def enable_xformers_memory_efficient_attention(self) -> None:
         """Uses Paddle's flash / memory-efficient attention; on a CPU says that this has no effect."""
         if not paddle.device.is_compiled_with_cuda():
-            logging.getLogger(__name__).warning("memory-efficient attention needs a GPU: it has no effect on a CPU")
+            print("note: memory-efficient attention needs a GPU: it has no effect on a CPU", file=sys.stderr)
         for block in self.blocks:
             block.attn.memory_efficient = True
 

@@ -227,6 +227,8 @@ class LatentDiffusionTrainer(Trainer):
         folder = Path(checkpoint_folder)
         checkpoint.load_optimizer(folder / self._optimizer_file(), self.optimizer, self.model)
         self.lr_scheduler.set_state_dict(read_paddle(folder / checkpoint.SCHEDULER))
+        # The state has the earlier run's learning rate, which would hold for one step more than the flags say.
+        self.lr_scheduler.step(self.lr_scheduler.last_epoch)
         if self.do_grad_scaling:
             self.scaler.load_state_dict(read_paddle(folder / checkpoint.SCALER))
         # Training draws from generators of its own; this is for what a subclass may draw from the global ones.

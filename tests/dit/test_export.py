@@ -36,9 +36,8 @@ results = {}
 for folder in sys.argv[3:]:
     pipe = DiTPipeline.from_pretrained(folder)
     pipe.transformer.eval()
-    out = pipe.transformer(
-        paddle.to_tensor(arrays["x"]), timestep=paddle.to_tensor(arrays["t"]), class_labels=paddle.to_tensor(arrays["y"])
-    ).sample
+    x, t, y = (paddle.to_tensor(arrays[name]) for name in "xty")
+    out = pipe.transformer(x, timestep=t, class_labels=y).sample
     results[folder] = out.detach().numpy()
 np.savez(sys.argv[2], **results)
 try:

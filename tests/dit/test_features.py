@@ -16,9 +16,7 @@ SHAPE = (4, 8, 8)
 
 def config(**settings) -> DiTConfig:
     values = {"sample_size": 8, "num_classes": 10, "class_dropout_prob": 0.0} | settings
-    return DiTConfig(
-        patch_size=2, in_channels=4, num_layers=1, num_attention_heads=2, attention_head_dim=8, **values
-    )
+    return DiTConfig(patch_size=2, in_channels=4, num_layers=1, num_attention_heads=2, attention_head_dim=8, **values)
 
 
 def write(root: Path, names, flip: bool = False, dtype: str = "float32", shape=(1, *SHAPE)) -> None:

@@ -57,9 +57,7 @@ def test_earlier_checkpoints_are_set_aside(tmp_path):
 
 
 def model(outputs: int = 3, bias: bool = True) -> paddle.nn.Layer:
-    return paddle.nn.Sequential(
-        paddle.nn.Linear(2, 4), paddle.nn.Linear(4, outputs, bias_attr=None if bias else False)
-    )
+    return paddle.nn.Sequential(paddle.nn.Linear(2, 4), paddle.nn.Linear(4, outputs, bias_attr=None if bias else False))
 
 
 def test_weights_are_loaded_bit_for_bit(tmp_path):

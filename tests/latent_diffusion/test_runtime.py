@@ -68,7 +68,12 @@ def test_a_process_of_the_launcher_takes_one_thread(monkeypatch):
 
 @pytest.mark.parametrize(
     ("cpu", "expected"),
-    [("AuthenticAMD fpu avx2 avx512f", "7"), ("AuthenticAMD fpu avx2", "5"), ("GenuineIntel avx512f", None), ("", None)],
+    [
+        ("AuthenticAMD fpu avx2 avx512f", "7"),
+        ("AuthenticAMD fpu avx2", "5"),
+        ("GenuineIntel avx512f", None),
+        ("", None),
+    ],
 )
 def test_the_math_library_is_told_of_an_amd_processor(monkeypatch, cpu, expected):
     monkeypatch.setattr(runtime, "_cpu_info", lambda: cpu)
@@ -77,9 +82,9 @@ def test_the_math_library_is_told_of_an_amd_processor(monkeypatch, cpu, expected
 
 @pytest.mark.parametrize(("library", "package"), [("libgomp.so.1", "libgomp1"), ("libGL.so.1", "libgl1")])
 def test_a_missing_library_is_named_with_its_package(library, package):
-    with pytest.raises(InputError, match=f"{library} is missing.*apt-get install {package}"):
-        with naming_missing_libraries():
-            raise ImportError(f"{library}: cannot open shared object file: No such file or directory")
+    message = f"{library} is missing.*apt-get install {package}"
+    with pytest.raises(InputError, match=message), naming_missing_libraries():
+        raise ImportError(f"{library}: cannot open shared object file: No such file or directory")
 
 
 def test_another_import_error_stays_what_it_is():

@@ -1,0 +1,99 @@
+"""Runs the real commands in processes of their own, two at a time, with a tiny model on small features."""
+
+import os
+import shutil
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+REPOSITORY = Path(__file__).parents[2]
+TRAIN = str(REPOSITORY / "train_image_generation_dit_trainer.py")
+EXTRACT = str(REPOSITORY / "extract_features.py")
+CONVERT = str(REPOSITORY / "scripts" / "convert_dit_to_ppdiffusers.py")
+LAUNCH = ("-m", "paddle.distributed.launch", "--nnodes=1", "--nproc_per_node=2", "--use_env")
+
+TINY = {
+    "sample_size": 8,
+    "patch_size": 2,
+    "in_channels": 4,
+    "num_layers": 2,
+    "num_attention_heads": 2,
+    "attention_head_dim": 16,
+    "num_classes": 10,
+}
+
+# Nothing is downloaded: the hub's clients meet a port where nobody listens.
+NO_NETWORK = dict.fromkeys(("http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY"), "http://127.0.0.1:9")
+NO_NETWORK |= dict.fromkeys(("no_proxy", "NO_PROXY"), "localhost,127.0.0.1")
+
+
+@dataclass
+class Command:
+    """What follows `python` on a command line, and where it is run."""
+
+    arguments: list[str]
+    folder: Path
+
+
+@dataclass
+class Result:
+    """How a command ended."""
+
+    code: int
+    out: str
+    err: str
+
+    def ok(self) -> "Result":
+        assert self.code == 0, self.err
+        return self
+
+    def logged(self, name: str) -> list[str]:
+        """The values of one name in the lines that training prints, as they are printed."""
+        lines = [line.split(f": {name} " if name == "loss" else f", {name} ") for line in self.out.splitlines()]
+        return [parts[1].split(",")[0] for parts in lines if len(parts) == 2 and parts[0].startswith("step ")]
+
+
+def run(command: Command) -> Result:
+    """Runs one command with this interpreter, one thread, and nothing of the project in PYTHONPATH."""
+    left_out = ("PYTHONPATH", "CUDA_VISIBLE_DEVICES")
+    environment = {name: value for name, value in os.environ.items() if name not in left_out and "PADDLE" not in name}
+    environment |= NO_NETWORK | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [sys.executable, *command.arguments],
+        cwd=command.folder,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=180,
+    )
+    return Result(done.returncode, done.stdout, done.stderr)
+
+
+def run_all(commands: dict[str, Command]) -> dict[str, Result]:
+    """Runs commands that do not depend on each other, two at a time."""
+    with ThreadPoolExecutor(2) as pool:
+        return dict(zip(commands, pool.map(run, commands.values()), strict=True))
+
+
+def write_features(root: Path, count: int) -> Path:
+    """Features of `count` images of 64 pixels in 10 classes, in class order as fast-DiT's are."""
+    rng = np.random.default_rng(0)
+    for kind in ("features", "labels"):
+        (root / f"imagenet64_{kind}").mkdir(parents=True)
+    for i in range(count):
+        np.save(root / f"imagenet64_features/{i}.npy", rng.standard_normal((1, 4, 8, 8), dtype=np.float32))
+        np.save(root / f"imagenet64_labels/{i}.npy", np.array([10 * i // count]))
+    return root
+
+
+def without_later(source: Path, target: Path, step: int) -> Path:
+    """A copy of a run's folder as it was when it had just saved the checkpoint of `step`."""
+    shutil.copytree(source, target)
+    for path in (target / "out").glob("checkpoint-*"):
+        if int(path.name.removeprefix("checkpoint-")) > step:
+            shutil.rmtree(path)
+    return target
