@@ -2,13 +2,15 @@
 PYTHON ?= python3
 VENV := .venv
 
-.PHONY: demo test lint clean-venv
+.PHONY: demo test install lint clean-venv
 
 demo: $(VENV)/installed
 	$(VENV)/bin/python -m demo
 
 test: $(VENV)/installed-dev
 	$(VENV)/bin/python -m pytest
+
+install: $(VENV)/installed
 
 lint: $(VENV)/installed-dev
 	$(VENV)/bin/ruff check .

@@ -79,6 +79,8 @@ class SuiteTrainingArguments(TrainingArguments):
         for name in ("per_device_train_batch_size", "gradient_accumulation_steps", "logging_steps", "save_steps"):
             if getattr(self, name) < 1:
                 raise InputError(f"--{name} must be at least 1, not {getattr(self, name)}")
+        if self.seed < 0:
+            raise InputError(f"--seed must be at least 0, not {self.seed}")
         if self.fp16 and self.bf16:
             raise InputError("--fp16 and --bf16 exclude each other")
         if (self.fp16 or self.bf16) and self.device == "cpu":

@@ -31,6 +31,8 @@ _PICKLE = b"\x80"
 # The number 0x1950A86A20F9469CFC6C, pickled on its own: how torch.save began a file before PyTorch 1.6.
 _OLD_TORCH = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."
 
+_SAFETENSORS_DTYPES = {"BOOL", "U8", "I8", "U16", "I16", "U32", "I32", "U64", "I64", "F16", "BF16", "F32", "F64"}
+
 _NAME_TABLE = "StructuredToParameterName@@"
 _SPLIT_ARRAYS = "UnpackBigParamInfor@@"
 
@@ -129,7 +131,11 @@ def read_safetensors(path: str | os.PathLike) -> dict[str, np.ndarray]:
     with _refusing(path, "safetensors"):
         with safe_open(path, framework="np") as file:
             names = file.keys()
-            if not any(file.get_slice(name).get_dtype() == "BF16" for name in names):
+            dtypes = {file.get_slice(name).get_dtype() for name in names}
+            if unknown := dtypes - _SAFETENSORS_DTYPES:
+                # Whether the library itself reads them depends on what else has been imported.
+                raise ValueError(f"NumPy has no dtype {unknown.pop()}")
+            if "BF16" not in dtypes:
                 return {name: file.get_tensor(name) for name in names}
         # safe_open needs the optional package ml_dtypes for bfloat16.
         tensors = deserialize(path.read_bytes())
