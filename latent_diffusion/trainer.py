@@ -50,7 +50,7 @@ class LatentDiffusionTrainer(Trainer):
         super().__init__(model=model, args=args, train_dataset=TrainingStream(store, objective, args.seed))
         self.objective, self.store, self.ema = objective, store, ema
         self._term_sums: dict[str, paddle.Tensor] = {}
-        self._resumed_step = 0
+        self._resumed_step = self._saved_step = 0
         self._micro_batches = 0
         self._logged_at = time.perf_counter()
         self._samples_per_step = samples_per_step
@@ -79,12 +79,12 @@ class LatentDiffusionTrainer(Trainer):
         """Trains to `args.max_steps`, from the given checkpoint folder on if there is one, and saves the end."""
         if resume_from_checkpoint is not None:
             state_file = Path(resume_from_checkpoint) / checkpoint.TRAINER_STATE
-            self._resumed_step = TrainerState.load_from_json(str(state_file)).global_step
+            self._resumed_step = self._saved_step = TrainerState.load_from_json(str(state_file)).global_step
         if self.is_world_process_zero():
             self._print_plan(resume_from_checkpoint)
         self._logged_at = time.perf_counter()
         result = super().train(resume_from_checkpoint=resume_from_checkpoint and str(resume_from_checkpoint))
-        if not (Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}").is_dir():
+        if self._saved_step != self.state.global_step:
             self._save_checkpoint(self.model)
         return result
 
@@ -178,6 +178,7 @@ class LatentDiffusionTrainer(Trainer):
         if args.should_save:
             publish_folder(staging, final)
             checkpoint.remove_oldest(output_dir, args.save_total_limit)
+        self._saved_step = self.state.global_step
         self._barrier()
 
     def _write_checkpoint(self, folder: Path) -> None:
