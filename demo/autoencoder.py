@@ -1,29 +1,21 @@
-"""Trains a small AutoencoderKL on the digits: 64x64 pixels to latents of 4x8x8, in about a minute on 2 cores.
+"""A small AutoencoderKL for the digits: 64x64 pixels to latents of 4x8x8, trained in about a minute on 2 cores."""
 
-Run as: python -m demo.autoencoder --data-path digits/train --output-dir autoencoder
-"""
-
-import argparse
 import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
+import paddle
+import paddle.nn.functional as F
+from ppdiffusers import AutoencoderKL
+from tqdm import tqdm
 
-from latent_diffusion import runtime
-from latent_diffusion.errors import InputError, command
+from latent_diffusion.errors import InputError
+from latent_diffusion.files import new_folder
+from latent_diffusion.vae import decode_latents, encode_moments
 
-runtime.start()
-
-import paddle  # noqa: E402
-import paddle.nn.functional as F  # noqa: E402
-from ppdiffusers import AutoencoderKL  # noqa: E402
-from tqdm import tqdm  # noqa: E402
-
-from demo.digits import IMAGE_SIZE, load_folder  # noqa: E402
-from latent_diffusion.files import new_folder  # noqa: E402
-from latent_diffusion.vae import decode_latents, encode_moments  # noqa: E402
+from .digits import IMAGE_SIZE
 
 STEPS = 400
 # Paddle's convolutions work image by image on a CPU: a larger batch sees no more images per second.
@@ -58,7 +50,7 @@ def train_autoencoder(images: np.ndarray, output_dir: Path, steps: int = STEPS) 
     _fit(model, images, steps)
     model.eval()
     model.register_to_config(scaling_factor=1 / _latent_std(model, images))
-    with new_folder(Path(output_dir)) as folder:
+    with new_folder(Path(output_dir), marker="config.json") as folder:
         model.save_pretrained(str(folder), safe_serialization=False)
     return model
 
@@ -146,17 +138,3 @@ def _moments(model: AutoencoderKL, images: np.ndarray) -> tuple[np.ndarray, np.n
     parts = [encode_moments(model, images[start : start + 64]) for start in range(0, len(images), 64)]
     means, stds = zip(*parts, strict=True)
     return np.concatenate(means), np.concatenate(stds)
-
-
-@command
-def main() -> None:
-    parser = argparse.ArgumentParser(description="Trains the demo's autoencoder on a folder of digits.")
-    parser.add_argument("--data-path", type=Path, required=True, help="folder with <digit>/*.png, the training split")
-    parser.add_argument("--output-dir", type=Path, required=True, help="folder for the ppdiffusers AutoencoderKL")
-    args = parser.parse_args()
-    images, _ = load_folder(args.data_path)
-    train_autoencoder(images, args.output_dir)
-
-
-if __name__ == "__main__":
-    main()

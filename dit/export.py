@@ -1,5 +1,6 @@
 """A trained DiT as a ppdiffusers pipeline folder; the only code that knows ppdiffusers' parameter names."""
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from latent_diffusion.vae import load_vae
 
 from .configuration import DiTConfig
 from .modeling import DiT
+from .official import TORCH_SUFFIXES, load_official
 
 # DiTPipeline takes this label for the null class, whatever the number of classes.
 PIPELINE_NULL_CLASS = 1000
@@ -57,17 +59,22 @@ def find_config(weights_file: Path, config_file: Path | None) -> DiTConfig:
         raise InputError(
             f"there is no {checkpoint.CONFIG} beside {weights_file}; give its configuration with --config_file"
         )
-    return DiTConfig.from_json(config_file)
+    config = DiTConfig.from_json(config_file)
+    if weights_file.suffix in TORCH_SUFFIXES:
+        # What the official code trains has no other convention, and the file does not say.
+        config = dataclasses.replace(config, timestep_convention="official")
+    return config
 
 
 def load_network(weights_file: Path, config: DiTConfig) -> DiT:
-    """A DiT in eval mode with the weights of a Paddle file.
+    """A DiT in eval mode with the weights of a Paddle file, or of an official `.pt` file.
 
     Raises:
         InputError: the weights are not those of the configuration.
     """
     model = DiT(config)
-    checkpoint.load_weights(weights_file, model)
+    load = load_official if weights_file.suffix in TORCH_SUFFIXES else checkpoint.load_weights
+    load(weights_file, model)
     model.eval()
     return model
 
@@ -124,13 +131,13 @@ def export_pipeline(
     from ppdiffusers.pipelines.dit.pipeline_dit import DiTPipeline
     from ppdiffusers.schedulers.scheduling_ddim import DDIMScheduler
 
-    transformer = to_ppdiffusers(model, exact)
     vae = load_vae(vae_name_or_path)
     if vae.config.latent_channels != model.config.in_channels:
         raise InputError(
             f"the VAE {vae_name_or_path} has {vae.config.latent_channels} latent channels, the model "
             f"{model.config.in_channels}"
         )
+    transformer = to_ppdiffusers(model, exact)
     # No variance type: the pipeline hands over the noise alone, and DPM-Solver would cut a learned variance off it.
     scheduler = DDIMScheduler(
         num_train_timesteps=1000, beta_start=1e-4, beta_end=0.02, beta_schedule="linear", clip_sample=False
@@ -139,7 +146,7 @@ def export_pipeline(
     if id2label is not None:
         # save_pretrained leaves the labels out unless they are part of the configuration.
         pipeline.register_to_config(id2label={str(key): value for key, value in id2label.items()})
-    with new_folder(output_path) as folder:
+    with new_folder(output_path, marker="model_index.json") as folder:
         pipeline.save_pretrained(str(folder), safe_serialization=safe_serialization)
     return _difference(model, transformer)
 

@@ -185,7 +185,6 @@ class DiT(nn.Layer):
         t: paddle.Tensor,
         y: paddle.Tensor,
         cfg_scale: float,
-        guided_channels: int = GUIDED_CHANNELS,
     ) -> paddle.Tensor:
         """Guided prediction in one batched forward pass (`forward_with_cfg` of the official `models.py`).
 
@@ -194,14 +193,13 @@ class DiT(nn.Layer):
             t: timesteps [2 B].
             y: labels [2 B]: B classes, then B null classes.
             cfg_scale: guidance scale, 1 for none.
-            guided_channels: how many of the first channels are guided; the official code guides three.
 
         Returns:
             [2 B, out_channels, H, W]; guided channels are equal in both halves, the others are their own half's.
         """
         half = x[: x.shape[0] // 2]
         out = self(paddle.concat([half, half]), t, y)
-        eps, rest = out[:, :guided_channels], out[:, guided_channels:]
+        eps, rest = out[:, :GUIDED_CHANNELS], out[:, GUIDED_CHANNELS:]
         cond, uncond = eps.chunk(2, axis=0)
         guided = uncond + cfg_scale * (cond - uncond)
         return paddle.concat([paddle.concat([guided, guided]), rest], axis=1)

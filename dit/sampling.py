@@ -121,7 +121,6 @@ def sample_latents(
     sampler: Sampler,
     guidance_scale: float = 4.0,
     seed: int | np.random.Generator = 0,
-    progress: bool = False,
 ) -> paddle.Tensor:
     """Samples one latent for each label; divide by the VAE's scaling factor before decoding.
 
@@ -132,7 +131,6 @@ def sample_latents(
         guidance_scale: of classifier-free guidance on the first three channels, as in the official code; 1 for none,
             which takes half the time.
         seed: of all noise, at least 0. The same seed, number of labels and sampler give the same noise on any device.
-        progress: show a progress bar on stderr.
 
     Returns:
         Scaled latents, float32 [B, C, H, W].
@@ -140,8 +138,6 @@ def sample_latents(
     Raises:
         InputError: a label is out of range, or the seed is negative.
     """
-    from tqdm import tqdm
-
     labels = _checked_labels(labels, model.config.num_classes)
     if isinstance(seed, int) and seed < 0:
         raise InputError(f"the seed must be at least 0, not {seed}")
@@ -155,7 +151,7 @@ def sample_latents(
     model.eval()
     try:
         latents = draw()
-        for index in tqdm(sampler.start(), disable=not progress, desc=sampler.name):
+        for index in sampler.start():
             output = _predict(model, latents, int(sampler.timestep_map[index]), labels, guidance_scale)
             latents = sampler.step(output, index, latents, draw())
         return latents

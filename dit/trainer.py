@@ -12,7 +12,7 @@ from latent_diffusion.errors import InputError
 from latent_diffusion.images import image_grid
 from latent_diffusion.objectives import Denoiser, LearnedRangeDDPM
 from latent_diffusion.schedules import NoiseSchedule
-from latent_diffusion.trainer import LatentDiffusionTrainer, checkpoint_to_resume
+from latent_diffusion.trainer import LatentDiffusionTrainer, prepare_output
 from latent_diffusion.training_arguments import SuiteArguments, SuiteTrainingArguments
 from latent_diffusion.vae import decode_latents, load_vae_for_images
 
@@ -88,8 +88,8 @@ def train(dit_args: DiTArguments, args: DiTTrainingArguments) -> None:
         raise InputError("nothing to do: give --do_train")
     config = dit_args.model_config()
     store = FastDiTFeatures(dit_args.feature_path, config, dit_args.use_flip)
-    resume = checkpoint_to_resume(args)
-    logs_images = dit_args.image_logging_steps > 0 and args.should_save
+    resume = prepare_output(args)
+    logs_images = dit_args.image_logging_steps > 0 and args.should_save and "visualdl" in args.report_to
     draw = _image_drawer(config, dit_args, args.seed) if logs_images else None
 
     set_seed(args.seed)

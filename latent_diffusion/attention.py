@@ -13,11 +13,11 @@ class Attention(nn.Layer):
     `memory_efficient` selects Paddle's flash / memory-efficient kernel on a GPU; on a CPU it changes nothing.
     """
 
-    def __init__(self, dim: int, num_heads: int, qkv_bias: bool = True):
+    def __init__(self, dim: int, num_heads: int):
         super().__init__()
         self.num_heads = num_heads
         self.memory_efficient = False
-        self.qkv = Linear(dim, 3 * dim, bias_attr=None if qkv_bias else False)
+        self.qkv = Linear(dim, 3 * dim)
         self.proj = Linear(dim, dim)
 
     def forward(self, x: paddle.Tensor) -> paddle.Tensor:

@@ -22,8 +22,8 @@ class EMACallback(TrainerCallback):
     def __init__(self, ema: EMA):
         self.ema = ema
 
-    def on_optimizer_end(self, args, state, control, **kwargs):
-        self.ema.update(state.global_step + 1)
+    def on_optimizer_end(self, args, state, control, optimizer=None, **kwargs):
+        self.ema.update(state.global_step + 1, _master_weights(optimizer))
 
 
 class GradientNormCallback(TrainerCallback):
@@ -33,9 +33,11 @@ class GradientNormCallback(TrainerCallback):
         self.value: float | None = None
 
     def on_optimizer_begin(self, args, state, control, optimizer=None, scaler=None, **kwargs):
-        if (state.global_step + 1) % args.logging_steps:
+        # With a scaler, sharding reduces gradients later, inside its step: here they are not the ones that are used.
+        if (state.global_step + 1) % args.logging_steps or (scaler is not None and args.sharding):
             return
-        squares = [(p.grad.astype("float32") ** 2).sum() for p in _owned(optimizer) if p.grad is not None]
+        gradients = [getattr(p, "main_grad", None) if p.grad is None else p.grad for p in _owned(optimizer)]
+        squares = [(g.astype("float32") ** 2).sum() for g in gradients if g is not None]
         total = paddle.add_n(squares) if squares else paddle.zeros([])
         if args.sharding and args.sharding_parallel_degree > 1:
             # Each rank holds the reduced gradient of its own parameters only.
@@ -45,6 +47,13 @@ class GradientNormCallback(TrainerCallback):
             paddle.distributed.all_reduce(total, group=group)
         scale = float(scaler._scale) if scaler is not None else 1.0
         self.value = float(total) ** 0.5 / scale
+
+
+def _master_weights(optimizer) -> dict[str, paddle.Tensor]:
+    """Float32 copies that the optimizer keeps of half-precision weights, by parameter name."""
+    while hasattr(optimizer, "_inner_opt"):
+        optimizer = optimizer._inner_opt
+    return getattr(optimizer, "_master_weights", {})
 
 
 def _owned(optimizer) -> list[paddle.Tensor]:
@@ -94,7 +103,7 @@ class ProgressCallback(TrainerCallback):
 
 
 class ImageLoggingCallback(TrainerCallback):
-    """Sends images drawn with the averaged weights to VisualDL.
+    """Sends images drawn with the averaged weights to VisualDL; where that fails it warns and stops doing so.
 
     Args:
         draw: `draw(model)` returns a dict of names and images uint8 [H, W, 3]. It must not touch Paddle's generators.
@@ -111,11 +120,19 @@ class ImageLoggingCallback(TrainerCallback):
         visualdl: VisualDLCallback,
     ):
         self.draw, self.every, self.ema, self.visualdl = draw, every, ema, visualdl
+        self.failed = False
 
     def on_step_end(self, args, state, control, model=None, **kwargs):
-        if state.global_step % self.every or not state.is_world_process_zero:
+        if self.failed or state.global_step % self.every or not state.is_world_process_zero:
             return
+        try:
+            self._log(state.global_step, model)
+        except Exception as error:  # out of memory, say: pictures are not worth the run
+            self.failed = True
+            print(f"warning: no more images are logged: {type(error).__name__}: {error}", file=sys.stderr)
+
+    def _log(self, step: int, model: paddle.nn.Layer) -> None:
         with self.ema.applied() if self.ema else contextlib.nullcontext(model) as averaged:
             images = self.draw(averaged)
         for name, image in images.items():
-            self.visualdl.vdl_writer.add_image(f"samples/{name}", image, state.global_step)
+            self.visualdl.vdl_writer.add_image(f"samples/{name}", image, step)

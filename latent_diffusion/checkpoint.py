@@ -31,7 +31,11 @@ def checkpoints(output_dir: Path) -> list[Path]:
     if not output_dir.is_dir():
         return []
     folders = [path for path in output_dir.iterdir() if _NAME.fullmatch(path.name) and (path / TRAINER_STATE).is_file()]
-    return sorted(folders, key=lambda path: int(_NAME.fullmatch(path.name)[1]))
+    return sorted(folders, key=_step)
+
+
+def _step(path: Path) -> int:
+    return int(_NAME.fullmatch(path.name)[1])
 
 
 def newest_checkpoint(output_dir: Path) -> Path | None:
@@ -46,39 +50,58 @@ def remove_oldest(output_dir: Path, keep: int | None) -> None:
             shutil.rmtree(path)
 
 
-def set_aside(output_dir: Path) -> Path | None:
-    """Moves the checkpoints of an earlier run to a folder of their own, so that a new run's cannot mix with them.
+def set_aside(output_dir: Path, after: int = -1) -> Path | None:
+    """Moves checkpoints of steps beyond `after` to a folder of their own, so that a new run's cannot mix with them.
 
     Returns:
-        The folder, `output_dir/overwritten-N`, or None when there were no checkpoints.
+        The folder, `output_dir/overwritten-N`, or None when there were none.
     """
-    earlier = checkpoints(output_dir)
+    earlier = [path for path in checkpoints(output_dir) if _step(path) > after]
     if not earlier:
         return None
-    number = 1 + len(list(output_dir.glob("overwritten-*")))
-    folder = output_dir / f"overwritten-{number}"
+    numbers = [int(path.name.removeprefix("overwritten-")) for path in output_dir.glob("overwritten-[0-9]*")]
+    folder = output_dir / f"overwritten-{max(numbers, default=0) + 1}"
     folder.mkdir()
     for path in earlier:
         path.rename(folder / path.name)
     return folder
 
 
+def staging_folder(final: Path) -> Path:
+    """Where the checkpoint `final` is written before it is complete."""
+    return final.with_name(f".{final.name}.partial")
+
+
+def remove_partial(output_dir: Path) -> None:
+    """Removes what interrupted saves left behind."""
+    for path in output_dir.glob(".checkpoint-*.partial"):
+        shutil.rmtree(path)
+
+
 def load_weights(path: Path, model: paddle.nn.Layer) -> None:
-    """Sets all weights of `model` from a weight file; they keep the model's dtypes.
+    """Sets all weights of `model` from a weight file in Paddle's layout; they keep the model's dtypes.
 
     Raises:
         InputError: the file cannot be read, or its weights are not those of the model.
     """
-    weights = read_weights(path)
+    set_weights(model, read_weights(path), path)
+
+
+def set_weights(model: paddle.nn.Layer, weights: dict[str, np.ndarray], source: Path) -> None:
+    """Sets all weights of `model`; `source` names them in errors.
+
+    Raises:
+        InputError: the weights are not those of the model.
+    """
     own = model.state_dict()
     for name, tensor in own.items():
         if name not in weights:
-            raise InputError(f"{path} lacks the weight {name}: it belongs to another model")
+            raise InputError(f"{source} lacks the weight {name}: it belongs to another model")
         if list(weights[name].shape) != tensor.shape:
             found, expected = list(weights[name].shape), list(tensor.shape)
-            raise InputError(f"{name} in {path} has shape {found}, the model's has {expected}")
+            raise InputError(f"{name} in {source} has shape {found}, the model's has {expected}")
     if unknown := sorted(set(weights) - set(own)):
-        raise InputError(f"{path} has the weight {unknown[0]}, which the model has not: it belongs to another model")
+        raise InputError(f"{source} has the weight {unknown[0]}, which the model has not: it belongs to another model")
     # The reader gives float32 for bfloat16.
     model.set_state_dict({name: paddle.to_tensor(array).astype(own[name].dtype) for name, array in weights.items()})
 

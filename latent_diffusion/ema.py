@@ -27,21 +27,28 @@ class EMA:
         self.model, self.decay, self.warmup = model, decay, warmup
         named = [(name, p) for name, p in model.named_parameters() if not p.stop_gradient]
         self._buckets = [_Bucket(group) for group in _groups(named)]
+        # Kept apart, as a run in half precision rounds what it trains with.
+        self._fixed = {name: p.astype("float32") for name, p in model.named_parameters() if p.stop_gradient}
 
     def decay_at(self, update: int) -> float:
         """The decay in force at the given update, counted from 1."""
         return min(self.decay, (1 + update) / (10 + update)) if self.warmup else self.decay
 
     @paddle.no_grad()
-    def update(self, update: int) -> None:
-        """Averages the current weights in; `update` counts optimizer steps from 1."""
+    def update(self, update: int, masters: dict[str, paddle.Tensor] | None = None) -> None:
+        """Averages the current weights in.
+
+        Args:
+            update: counts optimizer steps from 1.
+            masters: float32 copies of half-precision parameters, by parameter name, to be used in their place.
+        """
         weight = 1.0 - self.decay_at(update)
         for bucket in self._buckets:
-            bucket.average.lerp_(bucket.current(), weight)
+            bucket.average.lerp_(bucket.current(masters), weight)
 
     def state_dict(self) -> dict[str, paddle.Tensor]:
-        """All weights of the model under its own names: averages, and what is not trained as it is."""
-        state = dict(self.model.state_dict())
+        """All weights of the model under its own names, float32: averages, and what is not trained as it was."""
+        state = dict(self._fixed)
         for bucket in self._buckets:
             state.update(bucket.tensors())
         return state
@@ -55,6 +62,9 @@ class EMA:
         """
         for bucket in self._buckets:
             bucket.restore(state)
+        for name, tensor in self._fixed.items():
+            if name in state:
+                tensor.set_value(np.asarray(state[name], dtype=np.float32))
 
     @contextlib.contextmanager
     @paddle.no_grad()
@@ -80,8 +90,9 @@ class _Bucket:
         self.average = self.current().clone()
 
     @paddle.no_grad()
-    def current(self) -> paddle.Tensor:
-        return paddle.concat([p.flatten().astype("float32") for _, p in self.named])
+    def current(self, masters: dict[str, paddle.Tensor] | None = None) -> paddle.Tensor:
+        values = [(masters or {}).get(p.name, p) for _, p in self.named]
+        return paddle.concat([value.flatten().astype("float32") for value in values])
 
     def tensors(self) -> dict[str, paddle.Tensor]:
         parts = self.average.split([p.size for _, p in self.named])

@@ -27,7 +27,7 @@ def read_array(path: Path, shape: tuple[int, ...] | None = None) -> np.ndarray:
         array = np.load(path, allow_pickle=False)
     except FileNotFoundError:
         raise InputError(f"the feature file {path} is missing") from None
-    except (OSError, ValueError, EOFError) as error:
+    except Exception as error:  # a damaged header can make NumPy raise anything
         reason = " ".join(str(error).split())
         raise InputError(f"cannot read the feature file {path} ({reason}); extract it again") from None
     if not isinstance(array, np.ndarray) or array.dtype.kind not in "fiu":

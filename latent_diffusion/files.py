@@ -7,6 +7,8 @@ import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+from .errors import InputError
+
 
 def replace_file(path: Path, write: Callable[[Path], object]) -> None:
     """Lets `write` fill a temporary file beside `path`, makes it durable, and renames it to `path`.
@@ -24,11 +26,23 @@ def replace_file(path: Path, write: Callable[[Path], object]) -> None:
 
 
 @contextlib.contextmanager
-def new_folder(path: Path) -> Iterator[Path]:
+def new_folder(path: Path, marker: str) -> Iterator[Path]:
     """Yields a temporary folder beside `path` to be filled; on success it takes the place of `path`.
 
     On failure it is removed and `path` is as before.
+
+    Args:
+        path: the folder; it may exist if it is empty or an older one of its kind.
+        marker: a file that every folder of this kind holds.
+
+    Raises:
+        InputError: `path` is a file, or a folder that holds something else, which would be lost.
     """
+    path = path.absolute()
+    if path.exists() and not (path / marker).is_file() and (not path.is_dir() or any(path.iterdir())):
+        raise InputError(
+            f"{path} exists and holds no {marker}: it would be replaced; choose another folder or remove it"
+        )
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
     temporary.mkdir()

@@ -1,4 +1,4 @@
-"""Operations whose fastest formulation depends on the device: one function each, the device is looked at here only.
+"""Operations whose fastest formulation depends on the device: one function each (attention has a module of its own).
 
 On a CPU, Paddle's broadcasting kernels and the row sums of their gradients are slow, its matrix products are fast:
 a product with a vector of ones broadcasts, and its gradient is again a product (`x * s` over [8, 256, 384] with s

@@ -115,7 +115,7 @@ def _without_import_notices():
 def import_paddlenlp() -> None:
     """Imports PaddleNLP without its web server, which costs 0.6 of 4 seconds and is not used here.
 
-    The placeholder is taken away afterwards, so that importing the server later works as usual.
+    The placeholder is taken away afterwards, so that `import paddlenlp.server` still works.
     """
     if "paddlenlp" in sys.modules:
         return

@@ -32,7 +32,7 @@ class LatentDiffusionTrainer(Trainer):
     `TrainingStream`, so that a run of 2 N steps and one of N steps that is resumed for N more are bitwise equal.
 
     Args:
-        model: the backbone; its `config` has `save(path)`.
+        model: the backbone; its `config` has `save`, `from_json` and `to_dict` as `DiTConfig`.
         objective: makes the loss.
         store: the features.
         ema: average of the weights to keep, or None.
@@ -66,6 +66,10 @@ class LatentDiffusionTrainer(Trainer):
         `draw(model)` returns a dict of names and images uint8 [H, W, 3]. Without VisualDL in `--report_to` there is
         nowhere to send them, and nothing is drawn.
         """
+        if ShardingOption.FULL_SHARD in self.args.sharding:
+            # Its forward pass gathers weights from all ranks; only one would run it.
+            print("note: no images are logged with --sharding stage3", file=sys.stderr)
+            return
         for callback in self.callback_handler.callbacks:
             if isinstance(callback, VisualDLCallback):
                 self.add_callback(ImageLoggingCallback(draw, every, self.ema, callback))
@@ -78,20 +82,37 @@ class LatentDiffusionTrainer(Trainer):
     def train(self, resume_from_checkpoint: str | Path | None = None):
         """Trains to `args.max_steps`, from the given checkpoint folder on if there is one, and saves the end."""
         if resume_from_checkpoint is not None:
-            state_file = Path(resume_from_checkpoint) / checkpoint.TRAINER_STATE
-            self._resumed_step = self._saved_step = TrainerState.load_from_json(str(state_file)).global_step
+            self._check_resumed(Path(resume_from_checkpoint))
         if self.is_world_process_zero():
             self._print_plan(resume_from_checkpoint)
+        if self._resumed_step >= self.args.max_steps:
+            return None
         self._logged_at = time.perf_counter()
         result = super().train(resume_from_checkpoint=resume_from_checkpoint and str(resume_from_checkpoint))
         if self._saved_step != self.state.global_step:
             self._save_checkpoint(self.model)
         return result
 
+    def _check_resumed(self, folder: Path) -> None:
+        """Takes over the step of a checkpoint, if it is of the same model."""
+        saved = _saved_state(folder)
+        config = type(self.model.config).from_json(folder / checkpoint.CONFIG).to_dict()
+        for key, value in self.model.config.to_dict().items():
+            if config[key] != value:
+                raise InputError(
+                    f"{folder} is of a model with {key} {config[key]!r}, not {value!r}; give its configuration, or "
+                    "another --output_dir"
+                )
+        if saved.consumed_samples != saved.global_step * self._samples_per_step and self.is_world_process_zero():
+            print("note: other samples a step than before: the order of data changes from here on", file=sys.stderr)
+        self._resumed_step = self._saved_step = saved.global_step
+
     def _print_plan(self, resume_from_checkpoint: str | Path | None) -> None:
         args = self.args
         parameters = sum(p.size for p in self.model.parameters() if not p.stop_gradient)
         start = f"resuming from {resume_from_checkpoint}" if resume_from_checkpoint else "from scratch"
+        if self._resumed_step >= args.max_steps:
+            start += f", which is at step {self._resumed_step}: nothing is left to train"
         print(
             f"{parameters / 1e6:.1f} M parameters, {len(self.store)} images, {args.max_steps} steps of "
             f"{args.per_device_train_batch_size} x {args.gradient_accumulation_steps} x {args.dataset_world_size} "
@@ -122,11 +143,11 @@ class LatentDiffusionTrainer(Trainer):
 
     def _check_loss_valid(self, loss):
         if not np.isfinite(loss.item()):
-            raise self._not_finite("the loss")
+            raise self._not_finite("the loss", self.state.global_step + 1)
 
-    def _not_finite(self, what: str) -> InputError:
+    def _not_finite(self, what: str, step: int) -> InputError:
         return InputError(
-            f"{what} is not finite at step {self.state.global_step + 1}; training stops and saves nothing, "
+            f"{what} is not finite at step {step}; training stops and saves nothing, "
             f"checkpoints in {self.args.output_dir} are intact; try a lower --learning_rate or --max_grad_norm 1"
         )
 
@@ -164,11 +185,11 @@ class LatentDiffusionTrainer(Trainer):
         if ShardingOption.FULL_SHARD in self.args.sharding:
             self.model_wrapped.get_all_parameters(convert2cpu=True)
         if not all(bool(paddle.isfinite(p).all()) for p in self.model.parameters()):
-            raise self._not_finite("a weight")
+            raise self._not_finite("a weight", self.state.global_step)
         args = self.args
         output_dir = Path(args.output_dir)
         final = output_dir / f"checkpoint-{self.state.global_step}"
-        staging = output_dir / f".{final.name}.partial"
+        staging = checkpoint.staging_folder(final)
         if args.should_save:
             shutil.rmtree(staging, ignore_errors=True)
         self._barrier()
@@ -238,21 +259,39 @@ class LatentDiffusionTrainer(Trainer):
             checkpoint.set_rng_state(read_paddle(rng_file))
 
 
-def checkpoint_to_resume(args) -> Path | None:
-    """The checkpoint that the flags say to resume from: the given one, else the newest of the output folder.
+def prepare_output(args) -> Path | None:
+    """Makes the output folder and says which checkpoint to resume from: the given one, else the newest there.
 
-    `--overwrite_output_dir` starts anew and moves the checkpoints of an earlier run aside, saying where to.
+    Checkpoints that the run would mix with are moved aside, and it is said where to: all of them with
+    `--overwrite_output_dir`, those of later steps when an earlier one of the same folder is resumed.
 
     Raises:
-        InputError: the given folder is no complete checkpoint.
+        InputError: the output folder cannot be written, or the given folder is no complete checkpoint.
     """
+    output_dir = Path(args.output_dir)
+    try:
+        output_dir.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"cannot make the output folder {output_dir}: {error.strerror}") from None
+    if args.should_save:
+        checkpoint.remove_partial(output_dir)
     if args.resume_from_checkpoint:
         folder = Path(args.resume_from_checkpoint)
         if not (folder / checkpoint.TRAINER_STATE).is_file():
             raise InputError(f"--resume_from_checkpoint {folder} is not a complete checkpoint folder")
+        if folder.absolute().parent == output_dir.absolute():
+            _set_aside(args, after=_saved_state(folder).global_step)
         return folder
-    if not args.overwrite_output_dir:
-        return checkpoint.newest_checkpoint(Path(args.output_dir))
-    if args.should_save and (folder := checkpoint.set_aside(Path(args.output_dir))):
-        print(f"note: the checkpoints of an earlier run were moved to {folder}", file=sys.stderr)
-    return None
+    if args.overwrite_output_dir:
+        _set_aside(args, after=-1)
+        return None
+    return checkpoint.newest_checkpoint(output_dir)
+
+
+def _set_aside(args, after: int) -> None:
+    if args.should_save and (folder := checkpoint.set_aside(Path(args.output_dir), after)):
+        print(f"note: checkpoints of an earlier run were moved to {folder}", file=sys.stderr)
+
+
+def _saved_state(folder: Path) -> TrainerState:
+    return TrainerState.load_from_json(str(folder / checkpoint.TRAINER_STATE))

@@ -6,6 +6,7 @@ from typing import Optional
 
 import paddle
 from paddlenlp.trainer import PdArgumentParser, TrainingArguments
+from paddlenlp.trainer.trainer_utils import IntervalStrategy
 from paddlenlp.utils.log import logger
 
 from .errors import ArgumentParser, InputError
@@ -79,6 +80,16 @@ class SuiteTrainingArguments(TrainingArguments):
         for name in ("per_device_train_batch_size", "gradient_accumulation_steps", "logging_steps", "save_steps"):
             if getattr(self, name) < 1:
                 raise InputError(f"--{name} must be at least 1, not {getattr(self, name)}")
+        for name in ("save_strategy", "logging_strategy"):
+            if IntervalStrategy(getattr(self, name)) is IntervalStrategy.EPOCH:
+                raise InputError(f"--{name} epoch is not supported, the stream of samples has no epochs; give steps")
+        evaluates = (
+            self.do_eval or self.do_predict or IntervalStrategy(self.evaluation_strategy) is not IntervalStrategy.NO
+        )
+        if evaluates or self.load_best_model_at_end:
+            raise InputError(
+                "--do_eval, --do_predict, --evaluation_strategy and --load_best_model_at_end are not supported"
+            )
         if self.seed < 0:
             raise InputError(f"--seed must be at least 0, not {self.seed}")
         if self.fp16 and self.bf16:

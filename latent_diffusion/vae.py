@@ -51,10 +51,10 @@ def load_vae_for_images(name_or_path: str, latent_shape: tuple[int, int, int]):
         channels = vae.config.latent_channels
         if channels != latent_shape[0]:
             raise InputError(f"the VAE {name_or_path} has {channels} latent channels, the model {latent_shape[0]}")
-    except InputError as error:
+        decode_latents(vae, paddle.zeros([1, *latent_shape]))
+    except Exception as error:  # whatever is wrong with it, training can do without
         print(f"warning: no images will be logged: {error}", file=sys.stderr)
         return None
-    decode_latents(vae, paddle.zeros([1, *latent_shape]))
     return vae
 
 
@@ -68,7 +68,10 @@ def _from_folder(cls, folder: Path):
     file = next((folder / name for name in _WEIGHT_FILES if (folder / name).is_file()), None)
     if file is None:
         raise InputError(f"the VAE folder {folder} holds none of {', '.join(_WEIGHT_FILES)}")
-    vae = cls.from_config(config)
+    try:
+        vae = cls.from_config(config)
+    except Exception as error:  # a wrong value can make its layers raise anything
+        raise InputError(f"{folder / 'config.json'} does not describe an AutoencoderKL: {error}") from error
     load_weights(file, vae)
     return vae
 

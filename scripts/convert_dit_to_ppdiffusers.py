@@ -17,7 +17,7 @@ def parse_arguments() -> argparse.Namespace:
         "--model_file",
         type=Path,
         default=Path("./image_generation_dit_output_trainer"),
-        help="a checkpoint folder, a training output folder (its newest checkpoint) or a .pdparams file",
+        help="checkpoint folder, training output folder (its newest checkpoint), .pdparams file or official .pt file",
     )
     add("--config_file", type=Path, help="model configuration; taken from the checkpoint where it is there")
     add("--vae_name_or_path", default="stabilityai/sd-vae-ft-mse", help="VAE folder or name on the hub")

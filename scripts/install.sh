@@ -9,7 +9,8 @@ fail() {
     exit 1
 }
 
-if [ ! -x "$venv/bin/python" ]; then
+if ! "$venv/bin/python" -m pip --version >/dev/null 2>&1; then
+    rm -rf "$venv"
     command -v "$python" >/dev/null || fail "there is no $python; install Python 3.10, 3.11 or 3.12, or name one: make PYTHON=python3.11"
     "$python" -c 'import sys; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 12))' ||
         fail "$python is $("$python" -V 2>&1); the lock is for Python 3.10 to 3.12, name one: make PYTHON=python3.11"

@@ -170,11 +170,11 @@ def test_a_failed_export_leaves_the_old_folder(make_mini_dit, vae_folder, tmp_pa
         raise OSError("disk full")
 
     (tmp_path / "out").mkdir()
-    (tmp_path / "out" / "old").touch()
+    (tmp_path / "out" / "model_index.json").touch()
     monkeypatch.setattr(DiTPipeline, "save_pretrained", fail)
     with pytest.raises(OSError, match="disk full"):
         export_pipeline(make_mini_dit("ema"), str(vae_folder), tmp_path / "out", None)
-    assert [str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*")] == ["out", "out/old"]
+    assert [str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*")] == ["out", "out/model_index.json"]
 
 
 def test_labels_beyond_the_classes_are_the_null_class(make_dit):

@@ -237,10 +237,3 @@ def test_a_number_of_steps_that_cannot_be_is_refused(name, steps):
 def test_an_unknown_sampler_is_refused():
     with pytest.raises(InputError, match="'euler'.*ddpm, ddim"):
         make_sampler("euler", 10)
-
-
-def test_the_progress_bar_is_off_by_default(dit, capfd):
-    sample_latents(dit, [1], make_sampler("ddim", 2))
-    assert "ddim" not in capfd.readouterr().err
-    sample_latents(dit, [1], make_sampler("ddim", 2), progress=True)
-    assert "ddim" in capfd.readouterr().err

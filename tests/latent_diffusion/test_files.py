@@ -3,6 +3,7 @@ from pathlib import Path
 import pytest
 
 from latent_diffusion import files
+from latent_diffusion.errors import InputError
 from latent_diffusion.files import new_folder, publish_folder, replace_file
 
 
@@ -63,10 +64,11 @@ def test_the_file_has_its_name_only_when_it_is_complete(tmp_path):
 
 def test_a_folder_takes_the_place_of_the_old_one(tmp_path):
     target = tmp_path / "deep" / "folder"
-    with new_folder(target) as folder:
+    with new_folder(target, "kind.json") as folder:
         (folder / "stale.txt").write_text("old")
-    with new_folder(target) as folder:
-        assert content(target) == {"stale.txt": "old"}
+        (folder / "kind.json").touch()
+    with new_folder(target, "kind.json") as folder:
+        assert content(target) == {"stale.txt": "old", "kind.json": ""}
         (folder / "sub").mkdir()
         (folder / "sub" / "a.txt").write_text("new")
     assert content(target) == {"sub/a.txt": "new"}
@@ -78,12 +80,12 @@ def test_a_failed_folder_leaves_the_old_one(tmp_path, existing):
     target = tmp_path / "folder"
     if existing:
         target.mkdir()
-        (target / "a.txt").write_text("old")
+        (target / "kind.json").write_text("old")
 
-    with pytest.raises(ValueError, match="half way"), new_folder(target) as folder:
+    with pytest.raises(ValueError, match="half way"), new_folder(target, "kind.json") as folder:
         (folder / "a.txt").write_text("new")
         raise ValueError("half way")
-    assert content(tmp_path) == ({"folder/a.txt": "old"} if existing else {})
+    assert content(tmp_path) == ({"folder/kind.json": "old"} if existing else {})
     assert names(tmp_path) == (["folder"] if existing else [])
 
 
@@ -114,7 +116,7 @@ def test_a_folder_that_cannot_be_made_durable_is_not_published(tmp_path, monkeyp
 def test_a_failed_rename_puts_the_old_folder_back(tmp_path, monkeypatch):
     target = tmp_path / "folder"
     target.mkdir()
-    (target / "a.txt").write_text("old")
+    (target / "kind.json").write_text("old")
     rename = Path.rename
 
     def fail_on_new(self, other):
@@ -123,6 +125,18 @@ def test_a_failed_rename_puts_the_old_folder_back(tmp_path, monkeypatch):
         return rename(self, other)
 
     monkeypatch.setattr(Path, "rename", fail_on_new)
-    with pytest.raises(OSError, match="disk full"), new_folder(target) as folder:
+    with pytest.raises(OSError, match="disk full"), new_folder(target, "kind.json") as folder:
         (folder / "a.txt").write_text("new")
-    assert content(tmp_path) == {"folder/a.txt": "old"}
+    assert content(tmp_path) == {"folder/kind.json": "old"}
+
+
+@pytest.mark.parametrize("target", ["folder", "file.txt", "."])
+def test_what_is_no_older_folder_of_the_kind_is_never_replaced(tmp_path, monkeypatch, target):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder" / "thesis.txt").write_text("years of work")
+    (tmp_path / "file.txt").write_text("a file")
+    before = content(tmp_path)
+    with pytest.raises(InputError, match=r"holds no kind\.json"), new_folder(Path(target), "kind.json"):
+        pytest.fail("the folder was opened")
+    assert content(tmp_path) == before

@@ -1,0 +1,31 @@
+"""Trains the demo's small autoencoder on a folder of digits and saves it for ppdiffusers."""
+
+import argparse
+from pathlib import Path
+
+from latent_diffusion import runtime
+from latent_diffusion.errors import ArgumentParser, command
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = ArgumentParser(description=__doc__)
+    parser.add_argument("--data-path", type=Path, required=True, help="folder with <digit>/*.png, the training split")
+    parser.add_argument("--output-dir", type=Path, required=True, help="folder for the ppdiffusers AutoencoderKL")
+    return parser.parse_args()
+
+
+@command
+def main() -> None:
+    arguments = parse_arguments()
+    print(runtime.start(), flush=True)
+    from .digits import load_folder
+
+    images, _ = load_folder(arguments.data_path)
+    print(f"{len(images)} images", flush=True)
+    from .autoencoder import train_autoencoder
+
+    train_autoencoder(images, arguments.output_dir)
+
+
+if __name__ == "__main__":
+    main()
