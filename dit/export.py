@@ -43,27 +43,24 @@ def find_weights(model_file: Path, use_ema: bool) -> Path:
 
 
 def find_config(weights_file: Path, config_file: Path | None) -> DiTConfig:
-    """The configuration beside the weights, or the given one where there is none.
+    """The configuration of a weight file: of a checkpoint, the one beside it; else the given one.
 
     Raises:
         InputError: there is neither, or the two disagree.
     """
+    official = weights_file.suffix in TORCH_SUFFIXES
     own = weights_file.with_name(checkpoint.CONFIG)
-    if own.is_file():
+    if own.is_file() and not official:
         config = DiTConfig.from_json(own)
         if config_file is not None and (given := DiTConfig.from_json(config_file)) != config:
             key = next(k for k, value in config.to_dict().items() if given.to_dict()[k] != value)
             raise InputError(f"{config_file} contradicts {own}, which describes the checkpoint, in {key!r}")
         return config
     if config_file is None:
-        raise InputError(
-            f"there is no {checkpoint.CONFIG} beside {weights_file}; give its configuration with --config_file"
-        )
+        raise InputError(f"no {checkpoint.CONFIG} describes {weights_file}; give its configuration with --config_file")
     config = DiTConfig.from_json(config_file)
-    if weights_file.suffix in TORCH_SUFFIXES:
-        # What the official code trains has no other convention, and the file does not say.
-        config = dataclasses.replace(config, timestep_convention="official")
-    return config
+    # What the official code trains has no other convention, and its files do not say.
+    return dataclasses.replace(config, timestep_convention="official") if official else config
 
 
 def load_network(weights_file: Path, config: DiTConfig) -> DiT:

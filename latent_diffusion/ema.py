@@ -27,8 +27,6 @@ class EMA:
         self.model, self.decay, self.warmup = model, decay, warmup
         named = [(name, p) for name, p in model.named_parameters() if not p.stop_gradient]
         self._buckets = [_Bucket(group) for group in _groups(named)]
-        # Kept apart, as a run in half precision rounds what it trains with.
-        self._fixed = {name: p.astype("float32") for name, p in model.named_parameters() if p.stop_gradient}
 
     def decay_at(self, update: int) -> float:
         """The decay in force at the given update, counted from 1."""
@@ -47,8 +45,8 @@ class EMA:
             bucket.average.lerp_(bucket.current(masters), weight)
 
     def state_dict(self) -> dict[str, paddle.Tensor]:
-        """All weights of the model under its own names, float32: averages, and what is not trained as it was."""
-        state = dict(self._fixed)
+        """All weights of the model under its own names, float32: averages, and what is not trained as it is."""
+        state = {name: tensor.astype("float32") for name, tensor in self.model.state_dict().items()}
         for bucket in self._buckets:
             state.update(bucket.tensors())
         return state
@@ -62,9 +60,6 @@ class EMA:
         """
         for bucket in self._buckets:
             bucket.restore(state)
-        for name, tensor in self._fixed.items():
-            if name in state:
-                tensor.set_value(np.asarray(state[name], dtype=np.float32))
 
     @contextlib.contextmanager
     @paddle.no_grad()

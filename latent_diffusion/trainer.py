@@ -269,16 +269,17 @@ def prepare_output(args) -> Path | None:
         InputError: the output folder cannot be written, or the given folder is no complete checkpoint.
     """
     output_dir = Path(args.output_dir)
+    given = args.resume_from_checkpoint
+    if given and not (Path(given) / checkpoint.TRAINER_STATE).is_file():
+        raise InputError(f"--resume_from_checkpoint {given} is not a complete checkpoint folder")
     try:
         output_dir.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise InputError(f"cannot make the output folder {output_dir}: {error.strerror}") from None
     if args.should_save:
         checkpoint.remove_partial(output_dir)
-    if args.resume_from_checkpoint:
-        folder = Path(args.resume_from_checkpoint)
-        if not (folder / checkpoint.TRAINER_STATE).is_file():
-            raise InputError(f"--resume_from_checkpoint {folder} is not a complete checkpoint folder")
+    if given:
+        folder = Path(given)
         if folder.absolute().parent == output_dir.absolute():
             _set_aside(args, after=_saved_state(folder).global_step)
         return folder

@@ -1,10 +1,12 @@
 """What the commands say when they are asked for what cannot be, and when they are asked for help."""
 
+import json
+import shutil
 import time
 
 import pytest
 
-from .commands import CONVERT, EXTRACT, TINY, TRAIN, Command, run_all
+from .commands import CONVERT, EXTRACT, REPOSITORY, TINY, TRAIN, Command, run_all
 
 BAD = {
     "unknown flag": "unknown argument '--learning_rte'",
@@ -16,12 +18,19 @@ BAD = {
     "nothing to convert": "the model file nowhere does not exist",
     "extraction without images": "the following arguments are required: --data-path",
     "sharding alone": "--sharding needs several processes",
+    "saving by epochs": "--save_strategy epoch is not supported",
+    "evaluation": "--evaluation_strategy and --load_best_model_at_end are not supported",
+    "output below a file": "cannot make the output folder bad.json/out",
+    "export over something else": "exists and holds no model_index.json",
 }
 
 
 @pytest.fixture(scope="module")
-def results(tmp_path_factory, train_command):
+def results(tmp_path_factory, train_command, vae_folder):
     folder = tmp_path_factory.mktemp("errors")
+    config = tmp_path_factory.mktemp("config") / "official.json"
+    shutil.copy(REPOSITORY / "tests/data/dit/official.pt", config.parent)  # config.json stands beside it there
+    config.write_text(json.dumps(TINY | {"num_layers": 3, "num_attention_heads": 4}))
     (folder / "bad.json").write_text(str({k: v for k, v in TINY.items() if k != "patch_size"}).replace("'", '"'))
 
     def train(*flags: object) -> Command:
@@ -35,6 +44,22 @@ def results(tmp_path_factory, train_command):
         "bad config": train("--config_file", "bad.json"),
         "no checkpoint to resume": train("--resume_from_checkpoint", "nowhere"),
         "sharding alone": train("--sharding", "stage1"),
+        "saving by epochs": train("--save_strategy", "epoch"),
+        "evaluation": train("--evaluation_strategy", "steps"),
+        "output below a file": train("--output_dir", "bad.json/out"),
+        "export over something else": Command(
+            [
+                CONVERT,
+                "--model_file",
+                str(config.with_name("official.pt")),
+                "--config_file",
+                str(config),
+                "--output_path",
+                str(folder),
+            ]
+            + ["--vae_name_or_path", str(vae_folder)],
+            folder,
+        ),
         "nothing to convert": Command([CONVERT, "--model_file", "nowhere"], folder),
         "extraction without images": Command([EXTRACT], folder),
     }

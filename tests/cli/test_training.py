@@ -8,7 +8,7 @@ import pytest
 
 from latent_diffusion.weights import read_paddle
 
-from .commands import TRAIN, Command, run_all, without_later, write_features
+from .commands import TINY, TRAIN, Command, run_all, without_later, write_features
 
 # The published command, word for word; four flags follow it.
 PUBLISHED = """--do_train --output_dir ./image_generation_dit_output_trainer --per_device_train_batch_size 16
@@ -62,6 +62,11 @@ def later(root, runs, train_command, tmp_path_factory):
     without_later(root / "one", root / "one_resumed", 2)
     for name in ("two", "sharded"):
         (root / f"{name}_resumed").mkdir()
+    without_later(root / "one", root / "finished", 4)
+    without_later(root / "one", root / "rewound", 4)
+    without_later(root / "one", root / "other_model", 4)
+    other = root / "other.json"
+    other.write_text(json.dumps(TINY | {"num_attention_heads": 4, "attention_head_dim": 8}))
     for name in ("exploding", "bad_file", "overwritten"):
         without_later(root / "one", root / name, 2)
     resume_two = ("--resume_from_checkpoint", root / "two" / "out" / "checkpoint-2")
@@ -73,6 +78,13 @@ def later(root, runs, train_command, tmp_path_factory):
             "sharded_resumed": train_command(
                 root / "sharded_resumed", *FOUR, *FAST, *resume_sharded, "--sharding", "stage1", processes=2
             ),
+            "finished": train_command(
+                root / "finished", *EIGHT, *FAST, "--report_to", "none", "--image_logging_steps", 1
+            ),
+            "rewound": train_command(
+                root / "rewound", *FOUR, *FAST, "--resume_from_checkpoint", "out/checkpoint-2", "--max_steps", 3
+            ),
+            "other_model": train_command(root / "other_model", *EIGHT, *FAST, "--config_file", other),
             "one_resumed": train_command(root / "one_resumed", *EIGHT, *FAST),
             "exploding": train_command(root / "exploding", *EIGHT, "--learning_rate", "1e30", "--save_steps", 2),
             "bad_file": train_command(
@@ -258,3 +270,27 @@ def test_a_run_that_overwrites_keeps_the_earlier_checkpoints_aside(root, later):
     assert checkpoints(root / "overwritten") == ["checkpoint-1"]
     assert content(out / "overwritten-1/checkpoint-2") == content(root / "one/out/checkpoint-2")
     assert not (out / "checkpoint-1/ema_state.pdparams").exists()
+
+
+def test_a_finished_run_says_so_and_changes_nothing(root, later):
+    result = later["finished"].ok()
+    assert "which is at step 4: nothing is left to train" in result.out
+    assert "warning" not in result.err  # no VAE is looked for where images would go nowhere
+    assert content(root / "finished/out/checkpoint-4") == content(root / "one/out/checkpoint-4")
+
+
+def test_resuming_from_an_earlier_checkpoint_sets_the_later_ones_aside(root, later):
+    result = later["rewound"].ok()
+    assert "overwritten-1" in result.err and "the order of data changes" in result.err
+    assert checkpoints(root / "rewound") == ["checkpoint-2", "checkpoint-3"]
+    aside = root / "rewound/out/overwritten-1"
+    assert content(aside / "checkpoint-4") == content(root / "one/out/checkpoint-4")
+
+
+def test_a_checkpoint_of_another_model_is_not_resumed(root, later):
+    """Heads of another width have the same weights: only the configuration tells."""
+    result = later["other_model"]
+    assert result.code == 1
+    (line,) = [line for line in result.err.splitlines() if line.startswith("error:")]
+    assert "num_attention_heads 2, not 4" in line
+    assert content(root / "other_model/out/checkpoint-4") == content(root / "one/out/checkpoint-4")

@@ -150,3 +150,21 @@ def test_generators_continue_where_they_were(tmp_path):
         assert draw() == expected
     finally:
         checkpoint.set_rng_state(before)
+
+
+def test_later_checkpoints_are_set_aside_under_a_new_number(tmp_path):
+    (tmp_path / "overwritten-2").mkdir()
+    make_checkpoints(tmp_path, 2, 4, 6)
+    folder = checkpoint.set_aside(tmp_path, after=2)
+    assert folder == tmp_path / "overwritten-3"
+    assert [path.name for path in checkpoint.checkpoints(folder)] == ["checkpoint-4", "checkpoint-6"]
+    assert [path.name for path in checkpoint.checkpoints(tmp_path)] == ["checkpoint-2"]
+
+
+def test_what_an_interrupted_save_left_is_removed(tmp_path):
+    (kept,) = make_checkpoints(tmp_path, 2)
+    partial = checkpoint.staging_folder(tmp_path / "checkpoint-4")
+    partial.mkdir()
+    (partial / checkpoint.MODEL).touch()
+    checkpoint.remove_partial(tmp_path)
+    assert list(tmp_path.iterdir()) == [kept]

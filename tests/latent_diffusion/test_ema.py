@@ -146,3 +146,14 @@ def test_weights_of_another_model_are_refused_by_name():
 def test_a_decay_that_cannot_be_is_refused(decay):
     with pytest.raises(InputError, match="decay"):
         EMA(small_model(), decay)
+
+
+def test_float32_masters_take_the_place_of_half_precision_weights():
+    model = small_model()
+    ema = EMA(model, decay=0.5)
+    before = values(ema.state_dict())
+    masters = {p.name: p + 1.0 for p in model.parameters() if not p.stop_gradient}
+    ema.update(1, masters)
+    after = values(ema.state_dict())
+    for name, p in model.named_parameters():
+        np.testing.assert_allclose(after[name], before[name] + (0.0 if p.stop_gradient else 0.5), rtol=1e-6)

@@ -194,3 +194,26 @@ def test_an_error_of_a_sample_reaches_the_caller(workers, monkeypatch):
 
 def indices_until_bad(numbers: TrainingStream) -> int:
     return indices(stream(), 0).index(numbers.store.bad)
+
+
+def test_damaged_headers_are_named(tmp_path):
+    path = tmp_path / "a.npy"
+    np.save(path, np.zeros((4, 8, 8), np.float32))
+    whole, rng = path.read_bytes(), np.random.default_rng(0)
+    for _ in range(2000):
+        damaged = bytearray(whole)
+        for position in rng.integers(128, size=rng.integers(1, 6)):
+            damaged[position] = rng.integers(256)
+        path.write_bytes(damaged)
+        try:
+            assert read_array(path, (4, 8, 8)).shape == (4, 8, 8)
+        except InputError as error:
+            assert str(path) in str(error) and "\n" not in str(error)
+
+
+def test_a_header_that_claims_a_huge_array_is_named(tmp_path):
+    path = tmp_path / "a.npy"
+    np.save(path, np.zeros((4, 8, 8), np.float32))
+    path.write_bytes(path.read_bytes().replace(b"(4, 8, 8), }            ", b"(99999999999, 9999), }  "))
+    with pytest.raises(InputError, match=r"cannot read the feature file .*a\.npy"):
+        read_array(path)

@@ -7,7 +7,7 @@ import paddle
 import pytest
 
 from latent_diffusion.errors import InputError
-from latent_diffusion.vae import decode_latents, encode_moments, load_vae
+from latent_diffusion.vae import decode_latents, encode_moments, load_vae, load_vae_for_images
 
 
 @pytest.fixture
@@ -96,3 +96,19 @@ def test_a_name_that_cannot_be_downloaded_is_named(monkeypatch):
     monkeypatch.setattr(AutoencoderKL, "from_pretrained", fail)
     with pytest.raises(InputError, match="the VAE 'some/vae' is neither a folder nor could it be downloaded"):
         load_vae("some/vae")
+
+
+def test_a_config_of_something_else_is_named(folder):
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"down_block_types": ["NoSuchBlock"]}))
+    with pytest.raises(InputError, match=r"config\.json does not describe an AutoencoderKL"):
+        load_vae(str(folder))
+    assert load_vae_for_images(str(folder), (4, 8, 8)) is None
+
+
+def test_images_are_done_without_a_vae_that_does_not_fit(vae_folder, capsys):
+    assert load_vae_for_images(str(vae_folder), (4, 8, 8)) is not None
+    assert capsys.readouterr().err == ""
+    assert load_vae_for_images(str(vae_folder), (8, 8, 8)) is None
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("warning: no images will be logged") and "4 latent channels, the model 8" in line
