@@ -1,7 +1,5 @@
 """A small AutoencoderKL for the digits: 64x64 pixels to latents of 4x8x8, trained in about a minute on 2 cores."""
 
-import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -9,10 +7,10 @@ import numpy as np
 import paddle
 import paddle.nn.functional as F
 from ppdiffusers import AutoencoderKL
-from tqdm import tqdm
 
 from latent_diffusion.errors import InputError
 from latent_diffusion.files import new_folder
+from latent_diffusion.progress import progress
 from latent_diffusion.vae import decode_latents, encode_moments
 
 from .digits import IMAGE_SIZE
@@ -84,28 +82,16 @@ def _fit(model: AutoencoderKL, images: np.ndarray, steps: int) -> None:
         schedule, parameters=model.parameters(), grad_clip=paddle.nn.ClipGradByGlobalNorm(1.0)
     )
     batches = _batches(images)
-    bar = tqdm(range(steps), desc="autoencoder", disable=None)  # None: no bar unless stderr is a terminal
-    started = time.monotonic()
-    for step in bar:
-        loss = _loss(model, next(batches))
-        loss.backward()
-        optimizer.step()
-        optimizer.clear_grad()
-        schedule.step()
-        if (step + 1) % 50 == 0:
-            bar.set_postfix(loss=f"{loss.item():.3f}")
-            if bar.disable:
-                _print_line(step + 1, steps, time.monotonic() - started, loss.item())
-
-
-def _print_line(done: int, steps: int, seconds: float, loss: float) -> None:
-    rate = done / seconds
-    remaining = (steps - done) / rate
-    print(
-        f"autoencoder: step {done}/{steps}, {rate:.1f} steps/s, {remaining:.0f} s left, loss {loss:.3f}",
-        file=sys.stderr,
-        flush=True,
-    )
+    with progress(total=steps, desc="autoencoder", unit="step") as bar:
+        for step in range(1, steps + 1):
+            loss = _loss(model, next(batches))
+            loss.backward()
+            optimizer.step()
+            optimizer.clear_grad()
+            schedule.step()
+            if step % 50 == 0:
+                bar.set_postfix_str(f"loss {loss.item():.3f}", refresh=False)
+            bar.update()
 
 
 def _batches(images: np.ndarray) -> Iterator[np.ndarray]:

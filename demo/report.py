@@ -9,6 +9,7 @@ from PIL import Image
 
 from latent_diffusion.checkpoint import MODEL, newest_checkpoint
 from latent_diffusion.images import image_grid
+from latent_diffusion.progress import progress
 from latent_diffusion.weights import read_paddle
 
 from .digits import load_folder
@@ -34,10 +35,12 @@ def draw_samples(pipeline_folder: Path) -> tuple[np.ndarray, np.ndarray]:
     paddle.seed(0)  # on a CPU the pipeline draws from the global generator, whatever it is given
     labels = np.arange(SAMPLES) % CLASSES
     images = []
-    for start in range(0, SAMPLES, BATCH_SIZE):
-        pipe.set_progress_bar_config(desc=f"samples {start + BATCH_SIZE}/{SAMPLES}")
-        batch = labels[start : start + BATCH_SIZE].tolist()
-        images += pipe(batch, guidance_scale=GUIDANCE_SCALE, num_inference_steps=INFERENCE_STEPS).images
+    pipe.set_progress_bar_config(disable=True)
+    with progress(total=SAMPLES, desc="samples", unit="image") as bar:
+        for start in range(0, SAMPLES, BATCH_SIZE):
+            batch = labels[start : start + BATCH_SIZE].tolist()
+            images += pipe(batch, guidance_scale=GUIDANCE_SCALE, num_inference_steps=INFERENCE_STEPS).images
+            bar.update(BATCH_SIZE)
     return np.stack([np.asarray(image) for image in images]), labels
 
 

@@ -6,11 +6,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from tqdm import tqdm
 
 from latent_diffusion.errors import InputError
 from latent_diffusion.files import replace_file
 from latent_diffusion.images import list_image_folder, read_image
+from latent_diffusion.progress import progress
 from latent_diffusion.vae import encode_moments
 
 from .configuration import VAE_DOWNSAMPLING
@@ -73,7 +73,7 @@ def extract_features(
         folder.mkdir(parents=True, exist_ok=True)
     done = _existing(label_folder)
     encoded = 0
-    with tqdm(total=len(paths), unit="image", desc="extract", mininterval=1) as progress:
+    with progress(total=len(paths), desc="extract", unit="image") as bar:
         for start in range(0, len(paths), batch_size):
             batch = range(start, min(start + batch_size, len(paths)))
             if not all(i in done for i in batch):
@@ -86,7 +86,7 @@ def extract_features(
                     # The label comes last: an image is done when its label is there.
                     _save(label_folder / f"{i}.npy", np.array([labels[i]], dtype=np.int64))
                 encoded += len(batch)
-            progress.update(len(batch))
+            bar.update(len(batch))
     return encoded, len(paths)
 
 
