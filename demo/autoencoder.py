@@ -11,7 +11,7 @@ from ppdiffusers import AutoencoderKL
 from latent_diffusion.errors import InputError
 from latent_diffusion.files import new_folder
 from latent_diffusion.progress import progress
-from latent_diffusion.vae import decode_latents, encode_moments
+from latent_diffusion.vae import encode_moments
 
 from .digits import IMAGE_SIZE
 
@@ -68,12 +68,6 @@ def build_autoencoder() -> AutoencoderKL:
         latent_channels=4,
         sample_size=IMAGE_SIZE,
     )
-
-
-def reconstruct(model: AutoencoderKL, images: np.ndarray) -> np.ndarray:
-    """Encodes and decodes images, uint8 `[N, 64, 64, 3]`, by way of each posterior's mean; same type and shape."""
-    mean, _ = _moments(model, images)
-    return decode_latents(model, paddle.to_tensor(mean) * model.config.scaling_factor)
 
 
 def _fit(model: AutoencoderKL, images: np.ndarray, steps: int) -> None:

@@ -5,9 +5,15 @@ import paddle
 import pytest
 from ppdiffusers import AutoencoderKL
 
-from demo.autoencoder import reconstruct, train_autoencoder
+from demo.autoencoder import train_autoencoder
 from demo.digits import load_folder, write_digit_folders
 from latent_diffusion.errors import InputError
+from latent_diffusion.vae import decode_latents, encode_moments
+
+
+def reconstruct(model: AutoencoderKL, images: np.ndarray) -> np.ndarray:
+    mean, _ = encode_moments(model, images)
+    return decode_latents(model, paddle.to_tensor(mean) * model.config.scaling_factor)
 
 
 @pytest.fixture(scope="module")
