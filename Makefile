@@ -2,7 +2,7 @@
 PYTHON ?= python3
 VENV := .venv
 
-.PHONY: demo test install lint clean-venv
+.PHONY: demo test install lint
 
 demo: $(VENV)/installed
 	$(VENV)/bin/python -m demo
@@ -15,9 +15,6 @@ install: $(VENV)/installed
 lint: $(VENV)/installed-dev
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
-
-clean-venv:
-	rm -rf $(VENV)
 
 $(VENV)/installed: requirements.txt requirements/common.txt
 	sh scripts/install.sh $(PYTHON) $(VENV) requirements.txt

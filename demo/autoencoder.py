@@ -11,7 +11,7 @@ from ppdiffusers import AutoencoderKL
 from latent_diffusion.errors import InputError
 from latent_diffusion.files import new_folder
 from latent_diffusion.progress import progress
-from latent_diffusion.vae import encode_moments
+from latent_diffusion.vae import encode_moments, to_pixels
 
 from .digits import IMAGE_SIZE
 
@@ -98,7 +98,7 @@ def _batches(images: np.ndarray) -> Iterator[np.ndarray]:
 
 
 def _loss(model: AutoencoderKL, images: np.ndarray) -> paddle.Tensor:
-    pixels = paddle.to_tensor(images.transpose(0, 3, 1, 2).astype(np.float32) / 127.5 - 1)
+    pixels = to_pixels(images)
     posterior = model.encode(pixels).latent_dist
     decoded = model.decode(posterior.sample()).sample
     # L1 keeps strokes crisp, L2 gives the large errors of the first steps their weight.

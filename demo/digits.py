@@ -8,6 +8,7 @@ from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 
 from latent_diffusion.errors import InputError
+from latent_diffusion.files import replace_file
 
 IMAGE_SIZE = 64
 HELD_OUT = 0.2
@@ -55,6 +56,4 @@ def _render(digit: np.ndarray) -> Image.Image:
 def _write_png(image: Image.Image, path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     # The name appears only once the file is whole: an existing file is trusted by the next run.
-    partial = path.with_suffix(".partial")
-    image.save(partial, format="PNG")
-    partial.replace(path)
+    replace_file(path, lambda temporary: image.save(temporary, format="PNG"))

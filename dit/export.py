@@ -10,7 +10,7 @@ import paddle
 from latent_diffusion import checkpoint
 from latent_diffusion.errors import InputError
 from latent_diffusion.files import new_folder
-from latent_diffusion.vae import load_vae
+from latent_diffusion.vae import check_channels, load_vae
 
 from .configuration import DiTConfig
 from .modeling import DiT
@@ -129,11 +129,7 @@ def export_pipeline(
     from ppdiffusers.schedulers.scheduling_ddim import DDIMScheduler
 
     vae = load_vae(vae_name_or_path)
-    if vae.config.latent_channels != model.config.in_channels:
-        raise InputError(
-            f"the VAE {vae_name_or_path} has {vae.config.latent_channels} latent channels, the model "
-            f"{model.config.in_channels}"
-        )
+    check_channels(vae, vae_name_or_path, model.config.in_channels)
     transformer = to_ppdiffusers(model, exact)
     # No variance type: the pipeline hands over the noise alone, and DPM-Solver would cut a learned variance off it.
     scheduler = DDIMScheduler(
@@ -199,12 +195,13 @@ def ppdiffusers_weights(weights: dict[str, np.ndarray], config: DiTConfig) -> di
     move("x_embedder.proj", "pos_embed.proj")
     move("final_layer.adaLN_modulation.1", "proj_out_1")
     move("final_layer.linear", "proj_out_2")
+    label_table = _label_table(weights)
     for i in range(config.num_layers):
         source, target = f"blocks.{i}", f"transformer_blocks.{i}"
         # The class gives every block its own timestep and label embedding.
         move("t_embedder.mlp.0", f"{target}.norm1.emb.timestep_embedder.linear_1")
         move("t_embedder.mlp.2", f"{target}.norm1.emb.timestep_embedder.linear_2")
-        renamed[f"{target}.norm1.emb.class_embedder.embedding_table.weight"] = _label_table(weights)
+        renamed[f"{target}.norm1.emb.class_embedder.embedding_table.weight"] = label_table
         move(f"{source}.adaLN_modulation.1", f"{target}.norm1.linear")
         move(f"{source}.attn.proj", f"{target}.attn1.to_out.0")
         move(f"{source}.mlp.fc1", f"{target}.ff.net.0.proj")

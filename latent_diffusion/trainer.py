@@ -214,12 +214,8 @@ class LatentDiffusionTrainer(Trainer):
             self.model.config.save(folder / checkpoint.CONFIG)
             self.state.save_to_json(str(folder / checkpoint.TRAINER_STATE))
             paddle.save(args, str(folder / checkpoint.TRAINING_ARGUMENTS))
-        if (
-            not args.use_hybrid_parallel
-            and args.should_save
-            or args.use_hybrid_parallel
-            and args.data_parallel_rank == 0
-        ):
+        writes_optimizer = args.data_parallel_rank == 0 if args.use_hybrid_parallel else args.should_save
+        if writes_optimizer:
             checkpoint.save_optimizer(folder / self._optimizer_file(), self.optimizer, self.model)
         write_paddle(folder / self._rng_file(), checkpoint.rng_state())
 

@@ -48,14 +48,18 @@ def load_vae_for_images(name_or_path: str, latent_shape: tuple[int, int, int]):
     """
     try:
         vae = load_vae(name_or_path)
-        channels = vae.config.latent_channels
-        if channels != latent_shape[0]:
-            raise InputError(f"the VAE {name_or_path} has {channels} latent channels, the model {latent_shape[0]}")
+        check_channels(vae, name_or_path, latent_shape[0])
         decode_latents(vae, paddle.zeros([1, *latent_shape]))
     except Exception as error:  # whatever is wrong with it, training can do without
         print(f"warning: no images will be logged: {error}", file=sys.stderr)
         return None
     return vae
+
+
+def check_channels(vae, name: str, channels: int) -> None:
+    """Raises `InputError` unless the latents of the VAE called `name` have as many channels as the model's."""
+    if vae.config.latent_channels != channels:
+        raise InputError(f"the VAE {name} has {vae.config.latent_channels} latent channels, the model {channels}")
 
 
 def _from_folder(cls, folder: Path):
@@ -76,6 +80,11 @@ def _from_folder(cls, folder: Path):
     return vae
 
 
+def to_pixels(images: np.ndarray) -> paddle.Tensor:
+    """Images uint8 [B, H, W, 3] as a VAE takes them: float32 [B, 3, H, W] in [-1, 1]."""
+    return paddle.to_tensor(images.transpose(0, 3, 1, 2).astype("float32") / 127.5 - 1.0)
+
+
 @paddle.no_grad()
 def encode_moments(vae, images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Posterior of the latents, before scaling.
@@ -87,8 +96,7 @@ def encode_moments(vae, images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     Returns:
         Mean and standard deviation, float32 [B, C, H / f, W / f] for a VAE that downsamples by f.
     """
-    pixels = paddle.to_tensor(images.transpose(0, 3, 1, 2).astype("float32") / 127.5 - 1.0)
-    posterior = vae.encode(pixels.astype(vae.dtype)).latent_dist
+    posterior = vae.encode(to_pixels(images).astype(vae.dtype)).latent_dist
     return posterior.mean.astype("float32").numpy(), posterior.std.astype("float32").numpy()
 
 
