@@ -7,7 +7,8 @@ import argparse
 from pathlib import Path
 
 from latent_diffusion import runtime
-from latent_diffusion.errors import ArgumentParser, command
+from latent_diffusion.command_line import ArgumentParser
+from latent_diffusion.errors import command
 
 
 def parse_arguments() -> argparse.Namespace:

@@ -12,7 +12,8 @@ import time
 from pathlib import Path
 
 from latent_diffusion import runtime
-from latent_diffusion.errors import ArgumentParser, InputError, command
+from latent_diffusion.command_line import ArgumentParser
+from latent_diffusion.errors import InputError, command
 
 from .digits import write_digit_folders
 

@@ -108,13 +108,7 @@ def _loss(model: AutoencoderKL, images: np.ndarray) -> paddle.Tensor:
 
 def _latent_std(model: AutoencoderKL, images: np.ndarray) -> float:
     """The standard deviation of all latent values: one number for the four channels."""
-    mean, std = _moments(model, images)
+    batches = [encode_moments(model, images[start : start + 64]) for start in range(0, len(images), 64)]
+    mean, log_variance = np.split(np.concatenate(batches), 2, axis=1)
     # The latents that are trained on are samples: the spread of the means, plus each posterior's own.
-    return float(np.sqrt(mean.var() + (std**2).mean()))
-
-
-def _moments(model: AutoencoderKL, images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Means and standard deviations of the posteriors, float32 `[N, 4, 8, 8]` each."""
-    parts = [encode_moments(model, images[start : start + 64]) for start in range(0, len(images), 64)]
-    means, stds = zip(*parts, strict=True)
-    return np.concatenate(means), np.concatenate(stds)
+    return float(np.sqrt(mean.var() + np.exp(log_variance).mean()))

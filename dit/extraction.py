@@ -11,7 +11,7 @@ from latent_diffusion.errors import InputError
 from latent_diffusion.files import replace_file
 from latent_diffusion.images import list_image_folder, read_image
 from latent_diffusion.progress import progress
-from latent_diffusion.vae import encode_moments
+from latent_diffusion.vae import encode_moments, sample_moments
 
 from .configuration import VAE_DOWNSAMPLING
 from .features import feature_folders
@@ -113,9 +113,10 @@ def _existing(label_folder: Path) -> set[int]:
 
 
 def _posterior_sample(vae, images: np.ndarray, batch: range, seed: int) -> np.ndarray:
-    mean, std = encode_moments(vae, images)
-    noise = [np.random.default_rng([seed, i]).standard_normal(mean.shape[1:], dtype=np.float32) for i in batch]
-    return (mean + std * np.stack(noise)) * vae.config.scaling_factor
+    moments = encode_moments(vae, images)
+    shape = (moments.shape[1] // 2, *moments.shape[2:])
+    noise = [np.random.default_rng([seed, i]).standard_normal(shape, dtype=np.float32) for i in batch]
+    return sample_moments(moments, np.stack(noise)) * vae.config.scaling_factor
 
 
 def _write(folder: Path, batch: range, latents: np.ndarray, dtype: str) -> None:

@@ -40,7 +40,7 @@ class FastDiTFeatures(FeatureStore):
     """
 
     def __init__(self, feature_path: str | Path, config: DiTConfig, use_flip: bool = False):
-        self.config = config
+        self.config, self.latent_shape = config, config.latent_shape
         features, labels, flipped = feature_folders(Path(feature_path), config.resolution)
         _check_present(features)
         self.names = list_arrays(features)

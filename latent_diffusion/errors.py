@@ -1,11 +1,9 @@
 """The one kind of error that is the user's to mend, and how a command reports it."""
 
-import argparse
 import contextlib
 import functools
 import sys
 from collections.abc import Callable
-from typing import NoReturn
 
 # Shared libraries that slim images lack, and the Debian/Ubuntu package of each.
 SYSTEM_PACKAGES = {"libgomp.so.1": "libgomp1", "libGL.so.1": "libgl1", "libgthread-2.0.so.0": "libglib2.0-0"}
@@ -28,13 +26,6 @@ def naming_missing_libraries():
                     f"(Debian, Ubuntu: apt-get install {package})"
                 ) from error
         raise
-
-
-class ArgumentParser(argparse.ArgumentParser):
-    """Reports a bad command line as an `InputError` in place of usage text and exit status 2."""
-
-    def error(self, message: str) -> NoReturn:
-        raise InputError(f"{message}; --help lists the flags")
 
 
 def command(main: Callable[..., None]) -> Callable[..., None]:

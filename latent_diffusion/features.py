@@ -58,7 +58,13 @@ def list_arrays(folder: Path) -> list[str]:
 
 
 class FeatureStore(ABC):
-    """Features on disk, by index."""
+    """Features on disk, by index.
+
+    Attributes:
+        latent_shape: (C, H, W) of a latent.
+    """
+
+    latent_shape: tuple[int, int, int]
 
     @abstractmethod
     def __len__(self) -> int:
@@ -86,7 +92,7 @@ class TrainingStream(paddle.io.Dataset):
         index = int(_permutation(self.seed, epoch, len(self.store))[offset])
         rng = np.random.default_rng([self.seed, epoch, index])
         sample = self.store.sample(index, rng)
-        return sample | self.objective.draw(rng, sample["latents"].shape)
+        return sample | self.objective.draw(rng, self.store.latent_shape)
 
 
 # Two epochs: a batch may reach from one into the next.

@@ -9,7 +9,8 @@ from paddlenlp.trainer import PdArgumentParser, TrainingArguments
 from paddlenlp.trainer.trainer_utils import IntervalStrategy
 from paddlenlp.utils.log import logger
 
-from .errors import ArgumentParser, InputError
+from .command_line import ArgumentParser
+from .errors import InputError
 
 
 @dataclass

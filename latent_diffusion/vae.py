@@ -86,7 +86,7 @@ def to_pixels(images: np.ndarray) -> paddle.Tensor:
 
 
 @paddle.no_grad()
-def encode_moments(vae, images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def encode_moments(vae, images: np.ndarray) -> np.ndarray:
     """Posterior of the latents, before scaling.
 
     Args:
@@ -94,10 +94,22 @@ def encode_moments(vae, images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         images: uint8 [B, H, W, 3].
 
     Returns:
-        Mean and standard deviation, float32 [B, C, H / f, W / f] for a VAE that downsamples by f.
+        Moments float32 [B, 2 C, H / f, W / f] for a VAE that downsamples by f: C channels of means, C of log variances
+        in [-30, 20].
     """
     posterior = vae.encode(to_pixels(images).astype(vae.dtype)).latent_dist
-    return posterior.mean.astype("float32").numpy(), posterior.std.astype("float32").numpy()
+    return paddle.concat([posterior.mean, posterior.logvar], axis=1).astype("float32").numpy()
+
+
+def sample_moments(moments: np.ndarray, noise: np.ndarray) -> np.ndarray:
+    """A sample of the posterior, before scaling.
+
+    Args:
+        moments: float [..., 2 C, H, W] from `encode_moments`.
+        noise: standard normal, float32 [..., C, H, W].
+    """
+    mean, log_variance = np.split(moments.astype(np.float32), 2, axis=-3)
+    return mean + np.exp(0.5 * log_variance) * noise
 
 
 @paddle.no_grad()

@@ -7,7 +7,8 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from latent_diffusion import runtime  # noqa: E402
-from latent_diffusion.errors import ArgumentParser, command  # noqa: E402
+from latent_diffusion.command_line import ArgumentParser  # noqa: E402
+from latent_diffusion.errors import command  # noqa: E402
 
 
 def parse_arguments() -> argparse.Namespace:

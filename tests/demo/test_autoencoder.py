@@ -12,7 +12,7 @@ from latent_diffusion.vae import decode_latents, encode_moments
 
 
 def reconstruct(model: AutoencoderKL, images: np.ndarray) -> np.ndarray:
-    mean, _ = encode_moments(model, images)
+    mean = encode_moments(model, images)[:, :4]
     return decode_latents(model, paddle.to_tensor(mean) * model.config.scaling_factor)
 
 

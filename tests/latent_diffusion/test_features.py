@@ -113,6 +113,8 @@ def test_the_sampler_starts_and_ends_where_told():
 class Numbers(FeatureStore):
     """Latents that hold their index; the condition is a random number."""
 
+    latent_shape = (1, 2, 2)
+
     def __init__(self, length: int = 10, bad: int | None = None):
         self.length, self.bad = length, bad
 

@@ -1,0 +1,92 @@
+"""Command lines: flags in either spelling, defaults from a YAML file, and errors of one line."""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+import yaml
+
+from .errors import InputError
+
+
+class ArgumentParser(argparse.ArgumentParser):
+    """argparse's parser for this suite's commands.
+
+    - A bad command line is an `InputError` in place of usage text and exit status 2.
+    - `--image-size` and `--image_size` are the same flag, and flags are not abbreviated.
+    - With `add_config()`, a YAML file gives values of flags, and the command line overrides them.
+    """
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, allow_abbrev=False, **kwargs)
+
+    def error(self, message: str) -> NoReturn:
+        raise InputError(f"{message}; --help lists the flags")
+
+    def add_config(self) -> None:
+        """Adds `-c/--config`, a YAML file of flags without their dashes."""
+        self.add_argument(
+            "-c", "--config", type=Path, metavar="YAML", help="file of flags; those on the command line override it"
+        )
+
+    def add_switch(self, *names: str, default: bool = False, **kwargs) -> None:
+        """Adds a flag that is on when given alone and also takes true or false, as `--switch False`."""
+        self.add_argument(*names, type=boolean, nargs="?", const=True, default=default, **kwargs)
+
+    def parse_known_args(self, args: Sequence[str] | None = None, namespace: argparse.Namespace | None = None):
+        args = [self._known_spelling(arg) for arg in (sys.argv[1:] if args is None else args)]
+        if "--config" in self._option_string_actions:
+            finder = ArgumentParser(add_help=False)
+            finder.add_config()
+            path = argparse.ArgumentParser.parse_known_args(finder, args)[0].config
+            args = (self._flags_in(path) if path else []) + args
+        return super().parse_known_args(args, namespace)
+
+    def _known_spelling(self, arg: str) -> str:
+        name, equals, value = arg.partition("=")
+        if not name.startswith("--") or name in self._option_string_actions:
+            return arg
+        for spelling in (name[2:].replace("_", "-"), name[2:].replace("-", "_")):
+            if f"--{spelling}" in self._option_string_actions:
+                return f"--{spelling}{equals}{value}"
+        return arg
+
+    def _flags_in(self, path: Path) -> list[str]:
+        """The command line that a YAML file stands for."""
+        flags = []
+        for key, value in _read_yaml(path).items():
+            flag = self._known_spelling(f"--{key}")
+            if flag not in self._option_string_actions or flag == "--config":
+                raise InputError(f"{path} has the unknown key {key!r}; keys are the flags that --help lists")
+            if isinstance(value, dict):
+                raise InputError(f"the key {key!r} in {path} must hold one value or a list of values")
+            if isinstance(value, list):
+                flags += [flag, *map(str, value)]
+            elif value not in (None, ""):
+                flags.append(f"{flag}={value}")
+        return flags
+
+
+def boolean(text: str) -> bool:
+    """The value of a flag that takes true or false."""
+    if text.lower() in ("true", "1", "yes"):
+        return True
+    if text.lower() in ("false", "0", "no"):
+        return False
+    raise argparse.ArgumentTypeError(f"expected true or false, not {text!r}")
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    try:
+        values = yaml.safe_load(path.read_text())
+    except OSError as error:
+        raise InputError(f"cannot read the configuration file {path}: {error.strerror}") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise InputError(f"the configuration file {path} is not YAML: {' '.join(str(error).split())}") from None
+    if values is None:
+        return {}
+    if not isinstance(values, dict):
+        raise InputError(f"the configuration file {path} must hold keys and values")
+    return values
