@@ -132,6 +132,29 @@ class DiTConfig:
         return cls.from_dict(values, source=str(path))
 
     @classmethod
+    def from_name_or_file(
+        cls, model: str, image_size: int | None = None, num_classes: int | None = None
+    ) -> "DiTConfig":
+        """The configuration that `--model` means: one of the published names, or a `.json` file.
+
+        Args:
+            model: "DiT-XL/2", ... or a path.
+            image_size: side of the images in pixels; None for that of the file, or 256.
+            num_classes: None for that of the file, or 1000.
+
+        Raises:
+            InputError: no such model, or a file that says otherwise.
+        """
+        if not model.endswith(".json"):
+            return cls.from_name(model, image_size or 256, num_classes or 1000)
+        config = cls.from_json(model)
+        if image_size not in (None, config.resolution):
+            raise InputError(f"--image-size {image_size} contradicts {model}, which is for {config.resolution} pixels")
+        if num_classes not in (None, config.num_classes):
+            raise InputError(f"--num-classes {num_classes} contradicts {model}, which has {config.num_classes}")
+        return config
+
+    @classmethod
     def from_name(cls, name: str, image_size: int = 256, num_classes: int = 1000) -> "DiTConfig":
         """The published model `name` ("DiT-XL/2", ...) for square images of `image_size` pixels.
 

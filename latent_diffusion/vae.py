@@ -7,15 +7,29 @@ from pathlib import Path
 import numpy as np
 import paddle
 
-from .checkpoint import load_weights
+from .checkpoint import set_weights
 from .errors import InputError
+from .weights import read_weights, transpose_linear
 
 # File names a VAE folder may hold its weights under, ppdiffusers' own first.
-_WEIGHT_FILES = ("model_state.pdparams", "diffusion_paddle_model.safetensors")
+_PADDLE_FILES = ("model_state.pdparams", "diffusion_paddle_model.safetensors")
+_TORCH_FILES = ("diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.bin")
+
+# The attention layers before version 0.12 of diffusers, whose names published files still have.
+_FORMER_NAMES = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
+
+
+# What facebookresearch/DiT calls them.
+_SHORT_NAMES = ("mse", "ema")
+
+
+def full_name(name_or_path: str) -> str:
+    """A VAE's name on the hub, for "mse" and "ema" of the official command lines; other names as they are."""
+    return f"stabilityai/sd-vae-ft-{name_or_path}" if name_or_path in _SHORT_NAMES else name_or_path
 
 
 def load_vae(name_or_path: str):
-    """Loads a VAE from a ppdiffusers folder, or by its name on the model hub.
+    """Loads a VAE from a folder of ppdiffusers or diffusers (PyTorch), or by its name (or short name) on the model hub.
 
     Returns:
         An `AutoencoderKL` in eval mode; `config.scaling_factor` scales its latents to about unit variance.
@@ -30,7 +44,7 @@ def load_vae(name_or_path: str):
         vae = _from_folder(AutoencoderKL, folder)
     else:
         try:
-            vae = AutoencoderKL.from_pretrained(name_or_path)
+            vae = AutoencoderKL.from_pretrained(full_name(name_or_path))
         except Exception as error:  # the hub clients raise whatever their transport raises
             raise InputError(
                 f"the VAE {name_or_path!r} is neither a folder nor could it be downloaded "
@@ -69,20 +83,34 @@ def _from_folder(cls, folder: Path):
         raise InputError(f"the VAE folder {folder} has no readable config.json: {error.strerror}") from None
     except ValueError as error:
         raise InputError(f"{folder / 'config.json'} is not JSON: {error}") from None
-    file = next((folder / name for name in _WEIGHT_FILES if (folder / name).is_file()), None)
+    names = _PADDLE_FILES + _TORCH_FILES
+    file = next((folder / name for name in names if (folder / name).is_file()), None)
     if file is None:
-        raise InputError(f"the VAE folder {folder} holds none of {', '.join(_WEIGHT_FILES)}")
+        raise InputError(f"the VAE folder {folder} holds none of {', '.join(names)}")
     try:
         vae = cls.from_config(config)
     except Exception as error:  # a wrong value can make its layers raise anything
         raise InputError(f"{folder / 'config.json'} does not describe an AutoencoderKL: {error}") from error
-    load_weights(file, vae)
+    weights = read_weights(file)
+    set_weights(vae, _from_torch(weights) if file.name in _TORCH_FILES else weights, file)
     return vae
 
 
-def to_pixels(images: np.ndarray) -> paddle.Tensor:
+def _from_torch(weights: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Weights of diffusers' `AutoencoderKL`, old or new, as ppdiffusers' has them: the attention layers are Linear."""
+    return {_current_name(name): value for name, value in transpose_linear(weights).items()}
+
+
+def _current_name(name: str) -> str:
+    layer, _, kind = name.rpartition(".")
+    block, _, last = layer.rpartition(".")
+    return f"{block}.{_FORMER_NAMES[last]}.{kind}" if last in _FORMER_NAMES else name
+
+
+def to_pixels(images: np.ndarray | paddle.Tensor) -> paddle.Tensor:
     """Images uint8 [B, H, W, 3] as a VAE takes them: float32 [B, 3, H, W] in [-1, 1]."""
-    return paddle.to_tensor(images.transpose(0, 3, 1, 2).astype("float32") / 127.5 - 1.0)
+    images = paddle.to_tensor(images) if isinstance(images, np.ndarray) else images
+    return images.transpose([0, 3, 1, 2]).astype("float32") / 127.5 - 1.0
 
 
 @paddle.no_grad()
@@ -99,6 +127,19 @@ def encode_moments(vae, images: np.ndarray) -> np.ndarray:
     """
     posterior = vae.encode(to_pixels(images).astype(vae.dtype)).latent_dist
     return paddle.concat([posterior.mean, posterior.logvar], axis=1).astype("float32").numpy()
+
+
+@paddle.no_grad()
+def encode_latents(vae, images: paddle.Tensor, noise: paddle.Tensor) -> paddle.Tensor:
+    """A scaled sample of the posterior of each image, as training takes it: float32 [B, C, H / f, W / f].
+
+    Args:
+        vae: an `AutoencoderKL`.
+        images: uint8 [B, H, W, 3].
+        noise: standard normal, float32 [B, C, H / f, W / f].
+    """
+    posterior = vae.encode(to_pixels(images).astype(vae.dtype)).latent_dist
+    return (posterior.mean + posterior.std * noise).astype("float32") * vae.config.scaling_factor
 
 
 def sample_moments(moments: np.ndarray, noise: np.ndarray) -> np.ndarray:

@@ -1,4 +1,4 @@
-"""Reads files of weights and of optimizer state without ever running code from them, and writes Paddle's.
+"""Reads and writes files of weights and of optimizer state, without PyTorch and without running code from them.
 
 Both Paddle and PyTorch store pickles, and a pickle may name any function to be called while it is read. Here a name in
 the file only selects one of the few functions of this module, which rebuild arrays and nothing else; a file that names
@@ -9,6 +9,7 @@ Layouts are left as stored: a Linear's weight is (out, in) in a PyTorch file and
 """
 
 import contextlib
+import json
 import math
 import os
 import pickle
@@ -16,6 +17,7 @@ import re
 import stat
 import zipfile
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -37,6 +39,10 @@ _NAME_TABLE = "StructuredToParameterName@@"
 _SPLIT_ARRAYS = "UnpackBigParamInfor@@"
 
 
+# Where a file that `write_torch` or `write_safetensors` wrote keeps the configuration of its weights.
+_CONFIG_RECORD = "config.json"
+
+
 def read_weights(path: str | os.PathLike) -> dict[str, np.ndarray]:
     """Reads one set of weights from a `.pdparams`, `.pt`, `.pth`, `.bin` or `.safetensors` file.
 
@@ -50,17 +56,71 @@ def read_weights(path: str | os.PathLike) -> dict[str, np.ndarray]:
     Raises:
         InputError: the file cannot be read, is refused, or holds anything but one set of weights.
     """
+    return choose_weights(read_content(path), path)
+
+
+def choose_weights(content: Any, path: str | os.PathLike, use_ema: bool = True) -> dict[str, np.ndarray]:
+    """The one set of weights in what `read_content` gave for the file `path`.
+
+    Args:
+        content: a flat dict of names and arrays, or a training checkpoint that has such dicts under "model" and "ema".
+        path: names the file in errors.
+        use_ema: of a training checkpoint, take "ema" and, where that is None or absent, "model"; else "model" alone.
+
+    Raises:
+        InputError: there is no such set.
+    """
+    if isinstance(content, dict) and not all(isinstance(value, np.ndarray) for value in content.values()):
+        keys = ("ema", "model") if use_ema else ("model",)
+        content = next((content[key] for key in keys if content.get(key) is not None), content)
+    if not isinstance(content, dict) or not content:
+        raise InputError(f"{path} holds no weights: named arrays were expected, it has {type(content).__name__}")
+    for name, value in content.items():
+        if not isinstance(name, str) or not isinstance(value, np.ndarray):
+            raise InputError(f"{path} is not one set of weights: its entry {name!r:.80} is {type(value).__name__}")
+    return content
+
+
+def read_content(path: str | os.PathLike) -> Any:
+    """Everything in a `.pdparams`, `.pt`, `.pth`, `.bin` or `.safetensors` file, by the reader that its content needs.
+
+    Raises:
+        InputError: the file cannot be read or is refused.
+    """
     path = _existing(path)
     if path.suffix not in WEIGHT_SUFFIXES:
         raise InputError(f"{path} is not a weight file: its name ends in none of {', '.join(WEIGHT_SUFFIXES)}")
     head = _head(path)
     if path.suffix == ".safetensors" or _looks_like_safetensors(path, head):
-        content = read_safetensors(path)
-    elif path.suffix in (".pt", ".pth") or head.startswith((_ZIP, _OLD_TORCH)):
-        content = read_torch(path)
-    else:
-        content = read_paddle(path)
-    return _checked_weights(path, _prefer_ema(content))
+        return read_safetensors(path)
+    if path.suffix in (".pt", ".pth") or head.startswith((_ZIP, _OLD_TORCH)):
+        return read_torch(path)
+    return read_paddle(path)
+
+
+def read_config(path: str | os.PathLike) -> dict | None:
+    """The configuration that `write_torch` or `write_safetensors` stored with the weights, or None.
+
+    Raises:
+        InputError: the file cannot be read, or its configuration is not a JSON object.
+    """
+    path = _existing(path)
+    head = _head(path)
+    text = None
+    if head.startswith(_ZIP):
+        with _refusing(path, "torch.save"), zipfile.ZipFile(path) as zip_file:
+            text = _TorchArchive(zip_file, path).record(_CONFIG_RECORD)
+    elif _looks_like_safetensors(path, head):
+        from safetensors import safe_open
+
+        with _refusing(path, "safetensors"), safe_open(path, framework="np") as file:
+            text = (file.metadata() or {}).get(_CONFIG_RECORD)
+    if text is None:
+        return None
+    with _refusing(path, "weights with a configuration"):
+        config = json.loads(text)
+        _require(isinstance(config, dict), "a configuration that is no JSON object")
+        return config
 
 
 def read_paddle(path: str | os.PathLike) -> Any:
@@ -155,6 +215,65 @@ def write_paddle(path: str | os.PathLike, state: dict) -> None:
     replace_file(Path(path), lambda temporary: paddle.save(state, str(temporary)))
 
 
+def write_torch(path: str | os.PathLike, weights: dict[str, np.ndarray], config: dict) -> None:
+    """Writes a state dict as `torch.save` does, without PyTorch; `torch.load(path, weights_only=True)` reads it.
+
+    The file is the zip archive of PyTorch 1.6 and later. Its further record `config.json`, which PyTorch ignores, is
+    for `read_config`.
+
+    Args:
+        path: appears only when it is complete.
+        weights: names and arrays, written as float32 in PyTorch's layout: see `transpose_linear`.
+        config: plain values that describe them.
+    """
+
+    def write(temporary: Path) -> None:
+        with zipfile.ZipFile(temporary, "w") as file:
+            add = partial(_add_record, file)
+            add("data.pkl", _torch_pickle({name: value.shape for name, value in weights.items()}))
+            add("byteorder", b"little")
+            add(_CONFIG_RECORD, json.dumps(config).encode())
+            for key, value in enumerate(weights.values()):
+                add(f"data/{key}", np.asarray(value, "<f4").tobytes())
+            add("version", b"3\n")
+
+    replace_file(Path(path), write)
+
+
+def write_safetensors(
+    path: str | os.PathLike, weights: dict[str, np.ndarray], config: dict | None = None, layout: str = "pt"
+) -> None:
+    """Writes weights as float32 in a safetensors file.
+
+    Args:
+        path: appears only when it is complete.
+        weights: names and arrays.
+        config: plain values that describe them, for `read_config`.
+        layout: whose layout they have, "pt" for PyTorch's; the entry "format" by which other readers tell.
+    """
+    from safetensors.numpy import save_file
+
+    metadata = {"format": layout} | ({} if config is None else {_CONFIG_RECORD: json.dumps(config)})
+    tensors = {name: np.ascontiguousarray(value, "<f4") for name, value in weights.items()}
+    replace_file(Path(path), lambda temporary: save_file(tensors, temporary, metadata))
+
+
+def transpose_linear(weights: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Weights in PyTorch's layout in Paddle's, or back: a Linear's weight is (out, in) there and (in, out) here.
+
+    Every matrix is taken for a Linear's weight unless its name says that it is an embedding table.
+    """
+    return {
+        name: np.ascontiguousarray(value.T) if value.ndim == 2 and "embedding_table" not in name else value
+        for name, value in weights.items()
+    }
+
+
+def is_torch_layout(weight: np.ndarray) -> bool:
+    """Whether the weight of a Linear with more outputs than inputs is stored (out, in), as PyTorch does."""
+    return weight.shape[:1] > weight.shape[-1:]
+
+
 # Checks around reading
 
 
@@ -206,23 +325,6 @@ def _refusing(path: Path, kind: str) -> Iterator[None]:
 def _reason(error: Exception) -> str:
     first_line = next(iter(str(error).splitlines()), "")
     return f"{type(error).__name__} {first_line[:200]}".rstrip()
-
-
-def _prefer_ema(content: Any) -> Any:
-    if isinstance(content, dict) and not all(isinstance(value, np.ndarray) for value in content.values()):
-        for key in ("ema", "model"):
-            if content.get(key) is not None:
-                return content[key]
-    return content
-
-
-def _checked_weights(path: Path, weights: Any) -> dict[str, np.ndarray]:
-    if not isinstance(weights, dict) or not weights:
-        raise InputError(f"{path} holds no weights: named arrays were expected, it has {type(weights).__name__}")
-    for name, value in weights.items():
-        if not isinstance(name, str) or not isinstance(value, np.ndarray):
-            raise InputError(f"{path} is not one set of weights: its entry {name!r:.80} is {type(value).__name__}")
-    return weights
 
 
 # The restricted unpickler
@@ -451,6 +553,10 @@ class _TorchArchive:
     def open(self, name: str) -> BinaryIO:
         return self._zip.open(self._root + name)
 
+    def record(self, name: str) -> bytes | None:
+        """The bytes of an entry, or None where there is none."""
+        return self._zip.read(self._root + name) if self._root + name in self._zip.namelist() else None
+
     def storage(self, pid: Any) -> _Storage:
         _require(type(pid) is tuple and len(pid) == 5 and pid[0] == "storage", "a malformed storage")
         _, kind, key, _, count = pid
@@ -471,8 +577,7 @@ class _TorchArchive:
         # torch.save never compresses. With this, what is read in total cannot exceed the size of the file.
         _require(all(entry.compress_type == zipfile.ZIP_STORED for entry in entries), "compressed entries")
         _require(sum(entry.file_size for entry in entries) <= self._path.stat().st_size, "overlapping entries")
-        byte_order = f"{self._root}byteorder"
-        if byte_order in self._zip.namelist() and self._zip.read(byte_order) != b"little":
+        if self.record("byteorder") not in (None, b"little"):
             raise InputError(f"{self._path} is not in little-endian byte order; re-save it on a common machine")
 
 
@@ -518,6 +623,56 @@ _TORCH_GLOBALS = {
     **{f"torch.{name}": _StorageType(dtype) for name, dtype in _TORCH_STORAGES.items()},
     "torch.storage.UntypedStorage": _StorageType("<u1"),
 }
+
+
+# Writing PyTorch files
+
+
+def _torch_pickle(shapes: dict[str, tuple[int, ...]]) -> bytes:
+    """The `data.pkl` of a dict of contiguous float32 tensors; the storage of each is named by its position."""
+    items = (_pickled(name) + _pickled_tensor(str(key), shape) for key, (name, shape) in enumerate(shapes.items()))
+    return pickle.PROTO + b"\x02" + pickle.EMPTY_DICT + pickle.MARK + b"".join(items) + pickle.SETITEMS + pickle.STOP
+
+
+def _pickled_tensor(key: str, shape: tuple[int, ...]) -> bytes:
+    """A call of `_rebuild_tensor_v2(storage, offset, size, stride, requires_grad, hooks)`."""
+    count = math.prod(shape)
+    stride = tuple(math.prod(shape[axis + 1 :]) for axis in range(len(shape)))
+    kind = _pickled_global("torch", "FloatStorage")
+    storage = _pickled_tuple(_pickled("storage"), kind, _pickled(key), _pickled("cpu"), _pickled(count))
+    hooks = _pickled_global("collections", "OrderedDict") + pickle.EMPTY_TUPLE + pickle.REDUCE
+    return (
+        _pickled_global("torch._utils", "_rebuild_tensor_v2")
+        + _pickled_tuple(storage + pickle.BINPERSID, *map(_pickled, (0, shape, stride, False)), hooks)
+        + pickle.REDUCE
+    )
+
+
+def _pickled_global(module: str, name: str) -> bytes:
+    return pickle.GLOBAL + f"{module}\n{name}\n".encode()
+
+
+def _pickled_tuple(*items: bytes) -> bytes:
+    return pickle.MARK + b"".join(items) + pickle.TUPLE
+
+
+def _pickled(value: Any) -> bytes:
+    """The operations that push a plain value."""
+    pickled = pickle.dumps(value, protocol=2)
+    return pickled[len(pickle.PROTO) + 1 : -len(pickle.STOP)]
+
+
+# As torch.save does, so that a file mapped into memory has its tensors aligned.
+_ALIGNMENT = 64
+
+
+def _add_record(file: zipfile.ZipFile, name: str, data: Any) -> None:
+    """Adds an uncompressed entry whose data begins at a multiple of the alignment."""
+    entry = zipfile.ZipInfo(f"archive/{name}")
+    # A padding field: its two-letter name and its length take 4 bytes, the entry's own header takes 30.
+    padding = -(file.fp.tell() + 30 + len(entry.filename) + 4) % _ALIGNMENT
+    entry.extra = b"FB" + padding.to_bytes(2, "little") + b"Z" * padding
+    file.writestr(entry, data)
 
 
 # From stand-ins to what is returned

@@ -9,21 +9,13 @@ from pathlib import Path
 import numpy as np
 import paddle
 import pytest
+from safetensors import safe_open
 
 from dit.configuration import DiTConfig
-from dit.export import (
-    IMAGENET_LABELS,
-    export_pipeline,
-    find_config,
-    find_weights,
-    load_network,
-    read_labels,
-    to_ppdiffusers,
-)
+from dit.export import IMAGENET_LABELS, export_pipeline, read_labels, to_ppdiffusers
 from dit.modeling import DiT
-from latent_diffusion import checkpoint
 from latent_diffusion.errors import InputError
-from latent_diffusion.weights import write_paddle
+from latent_diffusion.vae import load_vae
 
 REPOSITORY = Path(__file__).parents[2]
 
@@ -162,6 +154,45 @@ def test_safetensors_on_request(make_mini_dit, vae_folder, tmp_path):
     assert not (json.loads((tmp_path / "out/model_index.json").read_text()).get("id2label"))
 
 
+def test_a_folder_for_diffusers_is_as_diffusers_writes_it(make_dit, vae_folder, tmp_path):
+    root = tmp_path / "out"
+    export_pipeline(make_dit("ppdiffusers"), str(vae_folder), root, DIGITS, library="diffusers")
+    assert {str(path.relative_to(root)) for path in root.rglob("*") if path.is_file()} == {
+        "model_index.json",
+        "scheduler/scheduler_config.json",
+        "transformer/config.json",
+        "transformer/diffusion_pytorch_model.safetensors",
+        "vae/config.json",
+        "vae/diffusion_pytorch_model.safetensors",
+    }
+    assert json.loads((root / "model_index.json").read_text()) == {
+        "_class_name": "DiTPipeline",
+        "transformer": ["diffusers", "DiTTransformer2DModel"],
+        "vae": ["diffusers", "AutoencoderKL"],
+        "scheduler": ["diffusers", "DDIMScheduler"],
+        "id2label": {str(key): value for key, value in DIGITS.items()},
+    }
+    with safe_open(root / "transformer/diffusion_pytorch_model.safetensors", framework="np") as file:
+        assert file.metadata() == {"format": "pt"}
+        assert file.get_slice("proj_out_1.weight").get_shape() == [128, 64]  # (out, in)
+        assert file.get_slice("transformer_blocks.0.ff.net.0.proj.weight").get_shape() == [256, 64]
+    config = json.loads((root / "transformer/config.json").read_text())
+    assert config["_class_name"] == "DiTTransformer2DModel" and config["norm_eps"] == 1e-6
+
+
+def test_the_vae_survives_the_way_to_diffusers(make_mini_dit, vae_folder, tmp_path):
+    export_pipeline(make_mini_dit("ema"), str(vae_folder), tmp_path / "out", None, library="diffusers")
+    own, again = load_vae(str(vae_folder)), load_vae(str(tmp_path / "out" / "vae"))
+    assert again.config.scaling_factor == own.config.scaling_factor
+    for name, tensor in own.state_dict().items():
+        np.testing.assert_array_equal(again.state_dict()[name].numpy(), tensor.numpy(), err_msg=name)
+
+
+def test_diffusers_has_no_exact_class(make_mini_dit, vae_folder, tmp_path):
+    with pytest.raises(InputError, match="leave out --exact"):
+        export_pipeline(make_mini_dit("ema"), str(vae_folder), tmp_path / "out", None, exact=True, library="diffusers")
+
+
 def test_a_failed_export_leaves_the_old_folder(make_mini_dit, vae_folder, tmp_path, monkeypatch):
     from ppdiffusers.pipelines.dit.pipeline_dit import DiTPipeline
 
@@ -250,48 +281,3 @@ def test_a_bad_label_file_is_named(tmp_path, text, message):
 def test_a_missing_label_file_is_named(tmp_path):
     with pytest.raises(InputError, match=r"cannot read the label file .*labels\.json"):
         read_labels(tmp_path / "labels.json", 2)
-
-
-@pytest.fixture
-def output_dir(tmp_path) -> Path:
-    """An output folder with two checkpoints of a tiny model, the later one without an average."""
-    config = DiTConfig(**TINY)
-    for step in (9, 10):
-        folder = tmp_path / f"checkpoint-{step}"
-        folder.mkdir()
-        (folder / checkpoint.TRAINER_STATE).write_text("{}")
-        config.save(folder / checkpoint.CONFIG)
-        write_paddle(folder / checkpoint.MODEL, DiT(config).state_dict())
-    write_paddle(tmp_path / "checkpoint-9" / checkpoint.EMA_MODEL, DiT(config).state_dict())
-    return tmp_path
-
-
-def test_weights_are_found(output_dir):
-    nine, ten = output_dir / "checkpoint-9", output_dir / "checkpoint-10"
-    assert find_weights(output_dir, use_ema=False) == ten / checkpoint.MODEL
-    assert find_weights(nine, use_ema=True) == nine / checkpoint.EMA_MODEL
-    assert find_weights(nine / checkpoint.MODEL, use_ema=True) == nine / checkpoint.MODEL
-    with pytest.raises(InputError, match=r"ema_state\.pdparams does not exist.*--use_ema False"):
-        find_weights(output_dir, use_ema=True)
-    with pytest.raises(InputError, match="nowhere does not exist"):
-        find_weights(output_dir / "nowhere", use_ema=True)
-
-
-def test_the_configuration_is_that_of_the_checkpoint(output_dir, tmp_path):
-    weights, given = output_dir / "checkpoint-9" / checkpoint.MODEL, tmp_path / "given.json"
-    assert find_config(weights, None) == DiTConfig(**TINY)
-    DiTConfig(**TINY | {"num_layers": 2}).save(given)
-    with pytest.raises(InputError, match=r"given\.json contradicts .*config\.json.* in 'num_layers'"):
-        find_config(weights, given)
-    weights.with_name(checkpoint.CONFIG).unlink()
-    assert find_config(weights, given).num_layers == 2
-    with pytest.raises(InputError, match="give its configuration with --config_file"):
-        find_config(weights, None)
-
-
-def test_weights_of_another_configuration_are_refused(output_dir):
-    weights = output_dir / "checkpoint-9" / checkpoint.MODEL
-    with pytest.raises(InputError, match=r"lacks the weight blocks\.1\."):
-        load_network(weights, DiTConfig(**TINY | {"num_layers": 2}))
-    with pytest.raises(InputError, match=r"embedding_table\.weight .*has shape \[1001, 16\].*has \[11, 16\]"):
-        load_network(weights, DiTConfig(**TINY | {"num_classes": 10}))

@@ -1,13 +1,16 @@
 import json
 import pickle
 import shutil
+from pathlib import Path
 
 import numpy as np
 import paddle
 import pytest
 
 from latent_diffusion.errors import InputError
-from latent_diffusion.vae import decode_latents, encode_moments, load_vae, load_vae_for_images
+from latent_diffusion.vae import decode_latents, encode_moments, load_vae, load_vae_for_images, sample_moments
+
+DATA = Path(__file__).parents[1] / "data" / "vae"
 
 
 @pytest.fixture
@@ -33,6 +36,27 @@ def test_safetensors_are_read_too(vae_folder, tmp_path):
     reloaded = load_vae(str(tmp_path / "vae")).state_dict()
     for name, tensor in vae.state_dict().items():
         np.testing.assert_array_equal(reloaded[name].numpy(), tensor.numpy(), err_msg=name)
+
+
+@pytest.mark.parametrize("name", ["vae_tiny", "vae_tiny_old_keys"])
+def test_a_vae_of_diffusers_computes_what_diffusers_does(name):
+    """In safetensors, and in a `.bin` with the names of old versions."""
+    vae = load_vae(str(DATA / name))
+    with np.load(DATA / "vae.npz") as file:
+        expected = {key: paddle.to_tensor(value) for key, value in file.items()}
+    with paddle.no_grad():
+        posterior = vae.encode(expected["image"]).latent_dist
+        found = {
+            "moments": paddle.concat([posterior.mean, posterior.logvar], axis=1),
+            "decoded": vae.decode(expected["latents"]).sample,
+            "mean_rect": vae.encode(expected["image_rect"]).latent_dist.mean,
+            "decoded_rect": vae.decode(expected["mean_rect"]).sample,
+        }
+    for key, value in found.items():
+        tolerance = 1e-4 if "decoded" in key else 5e-5
+        assert float((value - expected[key]).abs().max()) <= tolerance, key
+    sample = sample_moments(found["moments"].numpy(), expected["noise"].numpy())
+    assert np.abs(sample - expected["sample"].numpy()).max() <= 5e-5
 
 
 def test_images_become_latents_and_images_again(vae_folder):
@@ -112,3 +136,14 @@ def test_images_are_done_without_a_vae_that_does_not_fit(vae_folder, capsys):
     assert load_vae_for_images(str(vae_folder), (8, 8, 8)) is None
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("warning: no images will be logged") and "4 latent channels, the model 8" in line
+
+
+@pytest.mark.parametrize(
+    ("name", "full"), [("mse", "stabilityai/sd-vae-ft-mse"), ("ema", "stabilityai/sd-vae-ft-ema"), ("a/b", "a/b")]
+)
+def test_short_names_stand_for_the_published_vaes(monkeypatch, name, full):
+    from ppdiffusers.models.autoencoder_kl import AutoencoderKL
+
+    loaded = AutoencoderKL()
+    monkeypatch.setattr(AutoencoderKL, "from_pretrained", {full: loaded}.__getitem__)
+    assert load_vae(name) is loaded

@@ -3,6 +3,7 @@ import io
 import json
 import os
 import pickle
+import pickletools
 import struct
 import subprocess
 import sys
@@ -14,7 +15,18 @@ import numpy as np
 import pytest
 
 from latent_diffusion.errors import InputError
-from latent_diffusion.weights import read_paddle, read_safetensors, read_torch, read_weights, write_paddle
+from latent_diffusion.weights import (
+    is_torch_layout,
+    read_config,
+    read_paddle,
+    read_safetensors,
+    read_torch,
+    read_weights,
+    transpose_linear,
+    write_paddle,
+    write_safetensors,
+    write_torch,
+)
 
 DATA = Path(__file__).parents[1] / "data" / "dit"
 
@@ -355,6 +367,79 @@ def test_failed_write_leaves_the_former_file(tmp_path, monkeypatch):
         with pytest.raises(OSError, match="no space"):
             write_paddle(target, {"a": paddle.zeros([2])})
     assert (files_in(tmp_path), path.read_bytes()) == ([path.name], before)
+
+
+@pytest.mark.parametrize("write", [write_torch, write_safetensors])
+def test_written_weights_are_read_again_with_their_configuration(tmp_path, write):
+    path, weights = tmp_path / "weights.bin", read_torch(DATA / "official.pt")
+    write(path, weights | {"empty": np.zeros((0, 3), "<f4"), "half": np.ones(3, "<f2")}, {"depth": 3})
+    found = read_weights(path)
+    assert set(found) == {*weights, "empty", "half"}
+    assert all(same(found[name], value) for name, value in weights.items())
+    assert found["empty"].shape == (0, 3)
+    assert same(found["half"], np.ones(3, "<f4"))
+    assert read_config(path) == {"depth": 3}
+    assert files_in(tmp_path) == [path.name]
+
+
+def test_a_written_torch_file_is_as_pytorch_writes_it(tmp_path):
+    """An uncompressed archive with all data at multiples of 64 bytes, and the same objects in its pickle."""
+    path, weights = tmp_path / "weights.pt", read_torch(DATA / "official.pt")
+    write_torch(path, weights, {})
+    with zipfile.ZipFile(path) as file, zipfile.ZipFile(DATA / "official.pt") as theirs:
+        for entry in file.infolist():
+            assert entry.compress_type == zipfile.ZIP_STORED
+            header = path.read_bytes()[entry.header_offset : entry.header_offset + 30]
+            name_length, extra_length = struct.unpack("<HH", header[26:])
+            assert (entry.header_offset + 30 + name_length + extra_length) % 64 == 0, entry.filename
+        names = {name.partition("/")[2] for name in file.namelist()}
+        assert names - {name.partition("/")[2] for name in theirs.namelist()} == {"config.json"}
+        globals_of = [
+            {argument for operation, argument, _ in pickletools.genops(data) if operation.name == "GLOBAL"}
+            for data in (file.read("archive/data.pkl"), theirs.read("official/data.pkl"))
+        ]
+        assert globals_of[0] == globals_of[1]
+
+
+def test_two_writes_give_the_same_bytes(tmp_path):
+    for name in "ab":
+        write_torch(tmp_path / name, {"w": np.ones((2, 3), "<f4")}, {"depth": 1})
+    assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
+
+
+def test_files_of_others_have_no_configuration(tmp_path):
+    assert read_config(DATA / "official.pt") is None
+    (tmp_path / "a.safetensors").write_bytes(SAFE)
+    assert read_config(tmp_path / "a.safetensors") is None
+    (tmp_path / "a.pdparams").write_bytes(PADDLE)
+    assert read_config(tmp_path / "a.pdparams") is None
+
+
+@pytest.mark.parametrize("text", [b"{", b"[]", b"\xff"])
+def test_a_configuration_that_is_none_is_refused(tmp_path, text):
+    path = tmp_path / "weights.pt"
+    path.write_bytes(torch_file({"a": torch_tensor()}))
+    with zipfile.ZipFile(path, "a") as file:
+        file.writestr("archive/config.json", text)
+    with pytest.raises(InputError, match=r"weights\.pt"):
+        read_config(path)
+
+
+def test_linear_weights_are_transposed_and_nothing_else():
+    weights = {
+        "linear.weight": np.zeros((3, 2)),
+        "linear.bias": np.zeros(3),
+        "conv.weight": np.zeros((3, 2, 1, 1)),
+        "y.embedding_table.weight": np.zeros((5, 4)),
+    }
+    transposed = transpose_linear(weights)
+    assert {name: value.shape for name, value in transposed.items()} == {
+        "linear.weight": (2, 3),
+        "linear.bias": (3,),
+        "conv.weight": (3, 2, 1, 1),
+        "y.embedding_table.weight": (5, 4),
+    }
+    assert is_torch_layout(weights["linear.weight"]) and not is_torch_layout(transposed["linear.weight"])
 
 
 def test_import_is_light():
