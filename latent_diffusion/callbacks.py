@@ -11,9 +11,7 @@ from paddlenlp.trainer.integrations import VisualDLCallback
 from tqdm import tqdm
 
 from .ema import EMA
-
-# What a progress line shows of the logged values, in this order.
-_SHOWN = ("loss", "mse", "vb", "grad_norm", "learning_rate", "samples_per_second", "steps_per_second")
+from .progress import training_line
 
 
 class EMACallback(TrainerCallback):
@@ -89,11 +87,9 @@ class ProgressCallback(TrainerCallback):
     def on_log(self, args, state, control, logs=None, **kwargs):
         if not state.is_world_process_zero or "loss" not in logs:
             return
-        values = ", ".join(f"{name} {logs[name]:.4g}" for name in _SHOWN if name in logs)
-        seconds = (state.max_steps - state.global_step) / logs["steps_per_second"]
-        line = f"step {state.global_step}/{state.max_steps}: {values}"
+        line = training_line(state.global_step, state.max_steps, logs)
         if args.disable_tqdm:
-            print(f"{line}, remaining {tqdm.format_interval(seconds)}", flush=True)
+            print(line, flush=True)
         else:
             self.bar.write(line)
 

@@ -11,12 +11,16 @@ anything from the files.
 import random
 import re
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import paddle
 
+from . import distributed
+from .ema import EMA
 from .errors import InputError
+from .files import publish_folder
 from .weights import read_paddle, read_weights, write_paddle
 
 MODEL, EMA_MODEL, CONFIG = "model_state.pdparams", "ema_state.pdparams", "config.json"
@@ -67,15 +71,82 @@ def set_aside(output_dir: Path, after: int = -1) -> Path | None:
     return folder
 
 
-def staging_folder(final: Path) -> Path:
-    """Where the checkpoint `final` is written before it is complete."""
-    return final.with_name(f".{final.name}.partial")
+def save(final: Path, write: Callable[[Path], None], keep: int | None = None) -> None:
+    """Lets all processes together `write` into a temporary folder, which then becomes the checkpoint `final`.
+
+    All processes call it; afterwards all but the `keep` newest checkpoints beside it are deleted.
+    """
+    first = paddle.distributed.get_rank() == 0
+    staging = final.with_name(f".{final.name}.partial")
+    if first:
+        shutil.rmtree(staging, ignore_errors=True)
+    distributed.barrier()
+    staging.mkdir(parents=True, exist_ok=True)
+    write(staging)
+    distributed.barrier()
+    if first:
+        publish_folder(staging, final)
+        remove_oldest(final.parent, keep)
+    distributed.barrier()
 
 
 def remove_partial(output_dir: Path) -> None:
     """Removes what interrupted saves left behind."""
     for path in output_dir.glob(".checkpoint-*.partial"):
         shutil.rmtree(path)
+
+
+def write_state(folder: Path, model: paddle.nn.Layer, ema: EMA | None, lr_scheduler, scaler) -> None:
+    """Writes what every process has alike: weights, their average, configuration, schedule and loss scale.
+
+    Args:
+        folder: from `save`.
+        model: its `config` has `save`.
+        scaler: a `paddle.amp.GradScaler`, or None where the loss is not scaled.
+    """
+    write_paddle(folder / MODEL, model.state_dict())
+    if ema is not None:
+        write_paddle(folder / EMA_MODEL, ema.state_dict())
+    write_paddle(folder / SCHEDULER, lr_scheduler.state_dict())
+    if scaler is not None:
+        write_paddle(folder / SCALER, scaler.state_dict())
+    model.config.save(folder / CONFIG)
+
+
+def read_averaged_weights(folder: Path, model: paddle.nn.Layer, ema: EMA | None) -> None:
+    """Sets the weights of a checkpoint and of their average.
+
+    Raises:
+        InputError: a file cannot be read, or is of another model.
+    """
+    load_weights(folder / MODEL, model)
+    if ema is not None:
+        ema.set_state_dict(read_paddle(folder / EMA_MODEL))
+
+
+def read_schedule(folder: Path, lr_scheduler, scaler) -> None:
+    """Restores the learning rate schedule and the loss scale of a checkpoint."""
+    lr_scheduler.set_state_dict(read_paddle(folder / SCHEDULER))
+    # The state has the earlier run's learning rate, which would hold for one step more than the flags say.
+    lr_scheduler.step(lr_scheduler.last_epoch)
+    if scaler is not None:
+        scaler.load_state_dict(read_paddle(folder / SCALER))
+
+
+def check_config(folder: Path, config) -> None:
+    """Raises `InputError` unless the checkpoint is of a model of this configuration; the message names the key."""
+    saved = type(config).from_json(folder / CONFIG).to_dict()
+    for key, value in config.to_dict().items():
+        if saved[key] != value:
+            raise InputError(
+                f"{folder} is of a model with {key} {saved[key]!r}, not {value!r}; give its configuration, or "
+                "another output folder"
+            )
+
+
+def all_finite(model: paddle.nn.Layer) -> bool:
+    """Whether no weight is infinite or no number."""
+    return all(bool(paddle.isfinite(p).all()) for p in model.parameters())
 
 
 def load_weights(path: Path, model: paddle.nn.Layer) -> None:

@@ -1,6 +1,17 @@
 """The processes of a launched run (`python -m paddle.distributed.launch`); a run of its own is one process."""
 
+import contextlib
+import itertools
+import time
+from collections.abc import Iterator
+
 import paddle
+from paddle.base import core
+
+# Seconds between two looks at how many processes have reached a barrier.
+POLL_INTERVAL = 0.1
+
+_barriers = itertools.count()
 
 
 def start() -> tuple[int, int]:
@@ -16,6 +27,48 @@ def start() -> tuple[int, int]:
 
 
 def barrier() -> None:
-    """Waits until every process is here."""
+    """Waits until every process is here, however long that takes.
+
+    `paddle.distributed.barrier` fails on a CPU when a process is 30 seconds late, a limit that cannot be set; so this
+    one counts the processes in the store through which they found each other. Rank 0 serves the store and leaves last.
+    """
+    rank, world_size = paddle.distributed.get_rank(), paddle.distributed.get_world_size()
+    if world_size == 1:
+        return
+    store, number = core.create_or_get_global_tcp_store(), next(_barriers)
+    _count(store, f"barrier {number} reached", world_size)
+    if rank == 0:
+        _count(store, f"barrier {number} left", world_size)
+    else:
+        store.add(f"barrier {number} left", 1)
+
+
+def _count(store, key: str, world_size: int) -> None:
+    """Adds this process to a counter and waits for the others."""
+    store.add(key, 1)
+    while store.add(key, 0) < world_size:
+        time.sleep(POLL_INTERVAL)
+
+
+def from_first(value):
+    """The `value` that the first process has."""
+    values = [value]
     if paddle.distributed.get_world_size() > 1:
-        paddle.distributed.barrier()
+        paddle.distributed.broadcast_object_list(values, src=0)
+    return values[0]
+
+
+@contextlib.contextmanager
+def averaging_gradients(model: paddle.nn.Layer, recompute: bool) -> Iterator[None]:
+    """Around the forward and backward pass of a model: afterwards gradients are means over all processes.
+
+    `DataParallel` averages them during the backward pass, but cannot do so where activations are recomputed.
+    """
+    if not (recompute and isinstance(model, paddle.DataParallel)):
+        yield
+        return
+    from paddle.distributed.fleet.utils.hybrid_parallel_util import fused_allreduce_gradients
+
+    with model.no_sync():
+        yield
+    fused_allreduce_gradients(list(model.parameters()), None)

@@ -8,6 +8,22 @@ from tqdm import tqdm
 LINE_INTERVAL = 10.0
 
 
+# What a line of training shows of the logged values, in this order.
+_SHOWN = ("loss", "mse", "vb", "grad_norm", "learning_rate")
+_SHOWN += ("samples_per_second", "steps_per_second", "peak_memory_gib")
+
+
+def training_line(step: int, steps: int, logs: dict[str, float]) -> str:
+    """One line of the log of training: the step, what was logged and the remaining time.
+
+    Args:
+        logs: has "steps_per_second".
+    """
+    values = ", ".join(f"{name} {logs[name]:.4g}" for name in _SHOWN if name in logs)
+    remaining = tqdm.format_interval((steps - step) / logs["steps_per_second"])
+    return f"step {step}/{steps}: {values}, remaining {remaining}"
+
+
 def progress(total: int, desc: str, unit: str) -> tqdm:
     """A tqdm bar on stderr; where stderr is no terminal it writes lines, at most one every `LINE_INTERVAL` seconds."""
     if sys.stderr.isatty():

@@ -34,6 +34,11 @@ def start() -> str:
     return line
 
 
+def is_first_process() -> bool:
+    """Whether this is the process of a launched run that speaks for all, or the only one."""
+    return os.environ.get("PADDLE_TRAINER_ID", "0") == "0"
+
+
 def _turned_off() -> bool:
     return os.environ.get("LATENT_DIFFUSION_TUNING", "").lower() in ("off", "0", "false")
 

@@ -1,9 +1,7 @@
 """PaddleNLP's Trainer for latent diffusion: what the trainers of all systems share."""
 
 import math
-import shutil
 import sys
-import time
 from abc import abstractmethod
 from collections.abc import Callable
 from pathlib import Path
@@ -20,7 +18,7 @@ from .callbacks import EMACallback, GradientNormCallback, ImageLoggingCallback, 
 from .ema import EMA
 from .errors import InputError
 from .features import FeatureStore, StreamBatchSampler, TrainingLoader, TrainingStream
-from .files import publish_folder
+from .meter import Meter
 from .objectives import Denoiser, Objective
 from .weights import read_paddle, write_paddle
 
@@ -49,11 +47,8 @@ class LatentDiffusionTrainer(Trainer):
             args.max_steps = math.ceil(len(store) * args.num_train_epochs / samples_per_step)
         super().__init__(model=model, args=args, train_dataset=TrainingStream(store, objective, args.seed))
         self.objective, self.store, self.ema = objective, store, ema
-        self._term_sums: dict[str, paddle.Tensor] = {}
         self._resumed_step = self._saved_step = 0
-        self._micro_batches = 0
-        self._logged_at = time.perf_counter()
-        self._samples_per_step = samples_per_step
+        self._meter = Meter(samples_per_step, args.gradient_accumulation_steps)
         self._gradient_norm = GradientNormCallback()
         for callback in (PrinterCallback, PaddleNLPProgressCallback):
             self.remove_callback(callback)
@@ -87,7 +82,7 @@ class LatentDiffusionTrainer(Trainer):
             self._print_plan(resume_from_checkpoint)
         if self._resumed_step >= self.args.max_steps:
             return None
-        self._logged_at = time.perf_counter()
+        self._meter.start()
         result = super().train(resume_from_checkpoint=resume_from_checkpoint and str(resume_from_checkpoint))
         if self._saved_step != self.state.global_step:
             self._save_checkpoint(self.model)
@@ -96,14 +91,8 @@ class LatentDiffusionTrainer(Trainer):
     def _check_resumed(self, folder: Path) -> None:
         """Takes over the step of a checkpoint, if it is of the same model."""
         saved = _saved_state(folder)
-        config = type(self.model.config).from_json(folder / checkpoint.CONFIG).to_dict()
-        for key, value in self.model.config.to_dict().items():
-            if config[key] != value:
-                raise InputError(
-                    f"{folder} is of a model with {key} {config[key]!r}, not {value!r}; give its configuration, or "
-                    "another --output_dir"
-                )
-        if saved.consumed_samples != saved.global_step * self._samples_per_step and self.is_world_process_zero():
+        checkpoint.check_config(folder, self.model.config)
+        if saved.consumed_samples != saved.global_step * self._meter.samples_per_step and self.is_world_process_zero():
             print("note: other samples a step than before: the order of data changes from here on", file=sys.stderr)
         self._resumed_step = self._saved_step = saved.global_step
 
@@ -136,9 +125,7 @@ class LatentDiffusionTrainer(Trainer):
             self.denoiser(model, inputs), inputs["latents"], t=inputs["t"], noise=inputs["noise"]
         )
         terms = {name: value.mean() for name, value in losses.items()}
-        for name, value in terms.items():
-            self._term_sums[name] = self._term_sums.get(name, 0.0) + value.detach()
-        self._micro_batches += 1
+        self._meter.add(terms)
         return terms["loss"]
 
     def _check_loss_valid(self, loss):
@@ -158,66 +145,37 @@ class LatentDiffusionTrainer(Trainer):
 
     def _training_logs(self) -> dict[str, float]:
         """Means over the steps since the last log and over all ranks, and rates."""
-        means = self._mean_terms()
-        steps = self._micro_batches / self.args.gradient_accumulation_steps
-        seconds = time.perf_counter() - self._logged_at
-        self._term_sums, self._micro_batches, self._logged_at = {}, 0, time.perf_counter()
         norm = {} if self._gradient_norm.value is None else {"grad_norm": self._gradient_norm.value}
-        rates = {
+        progress = {
             "learning_rate": float(self._get_learning_rate()),
-            "samples_per_second": steps * self._samples_per_step / seconds,
-            "steps_per_second": steps / seconds,
-            "epoch": self.state.global_step * self._samples_per_step / len(self.store),
+            "epoch": self.state.global_step * self._meter.samples_per_step / len(self.store),
             "global_step": self.state.global_step,
         }
-        return means | norm | rates
-
-    def _mean_terms(self) -> dict[str, float]:
-        names = sorted(self._term_sums)
-        sums = paddle.stack([self._term_sums[name].astype("float32") for name in names])
-        if self.args.world_size > 1:
-            paddle.distributed.all_reduce(sums)
-        count = self._micro_batches * self.args.world_size
-        return {name: float(value) / count for name, value in zip(names, sums.numpy(), strict=True)}
+        return self._meter.read() | norm | progress
 
     def _save_checkpoint(self, model, metrics=None):
         """Writes a checkpoint folder under a temporary name, on all ranks together, and then renames it."""
         if ShardingOption.FULL_SHARD in self.args.sharding:
             self.model_wrapped.get_all_parameters(convert2cpu=True)
-        if not all(bool(paddle.isfinite(p).all()) for p in self.model.parameters()):
+        if not checkpoint.all_finite(self.model):
             raise self._not_finite("a weight", self.state.global_step)
-        args = self.args
-        output_dir = Path(args.output_dir)
-        final = output_dir / f"checkpoint-{self.state.global_step}"
-        staging = checkpoint.staging_folder(final)
-        if args.should_save:
-            shutil.rmtree(staging, ignore_errors=True)
-        self._barrier()
-        staging.mkdir(parents=True, exist_ok=True)
-        self._write_checkpoint(staging)
-        self._barrier()
-        if args.should_save:
-            publish_folder(staging, final)
-            checkpoint.remove_oldest(output_dir, args.save_total_limit)
+        final = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
+        checkpoint.save(final, self._write_checkpoint, self.args.save_total_limit)
         self._saved_step = self.state.global_step
-        self._barrier()
 
     def _write_checkpoint(self, folder: Path) -> None:
         args = self.args
         if args.should_save:
-            write_paddle(folder / checkpoint.MODEL, self.model.state_dict())
-            if self.ema is not None:
-                write_paddle(folder / checkpoint.EMA_MODEL, self.ema.state_dict())
-            write_paddle(folder / checkpoint.SCHEDULER, self.lr_scheduler.state_dict())
-            if self.do_grad_scaling:
-                write_paddle(folder / checkpoint.SCALER, self.scaler.state_dict())
-            self.model.config.save(folder / checkpoint.CONFIG)
+            checkpoint.write_state(folder, self.model, self.ema, self.lr_scheduler, self._loss_scaler())
             self.state.save_to_json(str(folder / checkpoint.TRAINER_STATE))
             paddle.save(args, str(folder / checkpoint.TRAINING_ARGUMENTS))
         writes_optimizer = args.data_parallel_rank == 0 if args.use_hybrid_parallel else args.should_save
         if writes_optimizer:
             checkpoint.save_optimizer(folder / self._optimizer_file(), self.optimizer, self.model)
         write_paddle(folder / self._rng_file(), checkpoint.rng_state())
+
+    def _loss_scaler(self):
+        return self.scaler if self.do_grad_scaling else None
 
     def _optimizer_file(self) -> str:
         # Under sharding each rank keeps the state of its own parameters: optimizer.shard00.pdopt and so on.
@@ -227,28 +185,17 @@ class LatentDiffusionTrainer(Trainer):
     def _rng_file(self) -> str:
         return f"rng_state_{self.args.process_index}.pth" if self.args.world_size > 1 else "rng_state.pth"
 
-    def _barrier(self) -> None:
-        if self.args.world_size > 1:
-            paddle.distributed.barrier()
-
     def _load_from_checkpoint(self, resume_from_checkpoint=None):
         if resume_from_checkpoint is None:
             return
-        folder = Path(resume_from_checkpoint)
-        checkpoint.load_weights(folder / checkpoint.MODEL, self.model)
-        if self.ema is not None:
-            self.ema.set_state_dict(read_paddle(folder / checkpoint.EMA_MODEL))
+        checkpoint.read_averaged_weights(Path(resume_from_checkpoint), self.model, self.ema)
 
     def _load_optimizer_and_scheduler(self, checkpoint_folder):
         if checkpoint_folder is None:
             return
         folder = Path(checkpoint_folder)
         checkpoint.load_optimizer(folder / self._optimizer_file(), self.optimizer, self.model)
-        self.lr_scheduler.set_state_dict(read_paddle(folder / checkpoint.SCHEDULER))
-        # The state has the earlier run's learning rate, which would hold for one step more than the flags say.
-        self.lr_scheduler.step(self.lr_scheduler.last_epoch)
-        if self.do_grad_scaling:
-            self.scaler.load_state_dict(read_paddle(folder / checkpoint.SCALER))
+        checkpoint.read_schedule(folder, self.lr_scheduler, self._loss_scaler())
         # Training draws from generators of its own; this is for what a subclass may draw from the global ones.
         rng_file = folder / self._rng_file()
         if rng_file.is_file():

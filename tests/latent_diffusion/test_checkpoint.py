@@ -163,7 +163,7 @@ def test_later_checkpoints_are_set_aside_under_a_new_number(tmp_path):
 
 def test_what_an_interrupted_save_left_is_removed(tmp_path):
     (kept,) = make_checkpoints(tmp_path, 2)
-    partial = checkpoint.staging_folder(tmp_path / "checkpoint-4")
+    partial = tmp_path / ".checkpoint-4.partial"
     partial.mkdir()
     (partial / checkpoint.MODEL).touch()
     checkpoint.remove_partial(tmp_path)

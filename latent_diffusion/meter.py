@@ -1,0 +1,54 @@
+"""What training measures between two log lines: mean losses over steps and processes, and rates."""
+
+import time
+
+import paddle
+
+
+class Meter:
+    """Collects the losses of micro-batches; `read` gives means over all processes and starts anew.
+
+    Args:
+        samples_per_step: samples of one optimizer step, over all processes.
+        batches_per_step: micro-batches of one optimizer step, on each process.
+    """
+
+    def __init__(self, samples_per_step: int, batches_per_step: int = 1):
+        self.samples_per_step, self.batches_per_step = samples_per_step, batches_per_step
+        self.start()
+
+    def start(self) -> None:
+        """Forgets what was added; the clock runs from here."""
+        self._sums: dict[str, paddle.Tensor] = {}
+        self._batches = 0
+        self._since = time.perf_counter()
+
+    def add(self, terms: dict[str, paddle.Tensor]) -> None:
+        """Adds the mean loss terms, scalars, of one micro-batch. They stay on the device: nothing waits for them."""
+        for name, value in terms.items():
+            self._sums[name] = self._sums.get(name, 0.0) + value.detach()
+        self._batches += 1
+
+    def read(self) -> dict[str, float]:
+        """Means of the terms, "samples_per_second" and "steps_per_second" since the last reading.
+
+        All processes call it together, after at least one micro-batch.
+        """
+        means = self._means()
+        steps = self._batches / self.batches_per_step
+        seconds = time.perf_counter() - self._since
+        self.start()
+        return means | {
+            "samples_per_second": steps * self.samples_per_step / seconds,
+            "steps_per_second": steps / seconds,
+        }
+
+    def _means(self) -> dict[str, float]:
+        names = sorted(self._sums)
+        sums = paddle.stack([self._sums[name].astype("float32") for name in names])
+        world_size = paddle.distributed.get_world_size()
+        if world_size > 1:
+            paddle.distributed.all_reduce(sums)
+        return {
+            name: float(value) / (self._batches * world_size) for name, value in zip(names, sums.numpy(), strict=True)
+        }

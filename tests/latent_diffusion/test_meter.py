@@ -1,0 +1,31 @@
+import paddle
+import pytest
+
+from latent_diffusion import meter
+from latent_diffusion.meter import Meter
+
+
+def test_means_and_rates_are_of_the_time_since_the_last_reading(monkeypatch):
+    now = [100.0]
+    monkeypatch.setattr(meter.time, "perf_counter", lambda: now[0])
+    measured = Meter(samples_per_step=8, batches_per_step=2)
+    for losses in ([1.0, 3.0, 2.0, 6.0], [5.0, 7.0]):
+        for loss in losses:
+            measured.add({"loss": paddle.to_tensor(loss), "mse": paddle.to_tensor(loss / 2)})
+        now[0] += 4.0
+        values = measured.read()
+        mean, steps = sum(losses) / len(losses), len(losses) / 2
+        assert values == {
+            "loss": pytest.approx(mean),
+            "mse": pytest.approx(mean / 2),
+            "samples_per_second": pytest.approx(8 * steps / 4),
+            "steps_per_second": pytest.approx(steps / 4),
+        }
+
+
+def test_what_was_added_before_the_start_is_forgotten():
+    measured = Meter(samples_per_step=1)
+    measured.add({"loss": paddle.to_tensor(9.0)})
+    measured.start()
+    measured.add({"loss": paddle.to_tensor(1.0)})
+    assert measured.read()["loss"] == 1.0
