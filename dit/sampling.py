@@ -11,7 +11,7 @@ The schedulers hold their betas in float32, which changes coefficients by 2e-4 w
 by less than the rounding of the model: both reference runs agree to 6e-6 of the largest value at every step.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -114,13 +114,29 @@ def _on(scheduler: type, schedule: NoiseSchedule, **settings) -> Any:
     return scheduler(num_train_timesteps=len(schedule), trained_betas=schedule.betas, **settings)
 
 
+def sample_generators(seed: int, indices: Iterable[int]) -> list[np.random.Generator]:
+    """A generator for each sample, a function of (seed, index): what a sample is does not depend on its neighbors.
+
+    Args:
+        seed: at least 0.
+        indices: the samples' numbers, each at least 0.
+
+    Raises:
+        InputError: the seed is negative.
+    """
+    if seed < 0:
+        raise InputError(f"the seed must be at least 0, not {seed}")
+    return [np.random.default_rng([seed, index]) for index in indices]
+
+
 @paddle.no_grad()
 def sample_latents(
     model: DiT,
     labels: Sequence[int] | np.ndarray | paddle.Tensor,
     sampler: Sampler,
     guidance_scale: float = 4.0,
-    seed: int | np.random.Generator = 0,
+    seed: int | Sequence[np.random.Generator] = 0,
+    on_step: Callable[[], object] | None = None,
 ) -> paddle.Tensor:
     """Samples one latent for each label; divide by the VAE's scaling factor before decoding.
 
@@ -130,7 +146,9 @@ def sample_latents(
         sampler: from `make_sampler`.
         guidance_scale: of classifier-free guidance on the first three channels, as in the official code; 1 for none,
             which takes half the time.
-        seed: of all noise, at least 0. The same seed, number of labels and sampler give the same noise on any device.
+        seed: of all noise: sample i draws from generator i of `sample_generators(seed, range(B))`. Or one generator a
+            label. The same seed and sampler give the same noise on any device and in any batch.
+        on_step: called after each step.
 
     Returns:
         Scaled latents, float32 [B, C, H, W].
@@ -139,13 +157,11 @@ def sample_latents(
         InputError: a label is out of range, or the seed is negative.
     """
     labels = _checked_labels(labels, model.config.num_classes)
-    if isinstance(seed, int) and seed < 0:
-        raise InputError(f"the seed must be at least 0, not {seed}")
-    rng = np.random.default_rng(seed)
+    generators = sample_generators(seed, range(len(labels))) if isinstance(seed, int) else seed
 
     def draw() -> paddle.Tensor:
-        shape = (len(labels), *model.config.latent_shape)
-        return paddle.to_tensor(rng.standard_normal(shape, dtype=np.float32))
+        shape = model.config.latent_shape
+        return paddle.to_tensor(np.stack([rng.standard_normal(shape, dtype=np.float32) for rng in generators]))
 
     was_training = model.training
     model.eval()
@@ -154,6 +170,8 @@ def sample_latents(
         for index in sampler.start():
             output = _predict(model, latents, int(sampler.timestep_map[index]), labels, guidance_scale)
             latents = sampler.step(output, index, latents, draw())
+            if on_step:
+                on_step()
         return latents
     finally:
         if was_training:

@@ -12,6 +12,7 @@ import numpy as np
 
 REPOSITORY = Path(__file__).parents[2]
 TRAIN = str(REPOSITORY / "train_image_generation_dit_trainer.py")
+LOOP = str(REPOSITORY / "train.py")
 EXTRACT = str(REPOSITORY / "extract_features.py")
 CONVERT = str(REPOSITORY / "scripts" / "convert_dit_to_ppdiffusers.py")
 LAUNCH = ("-m", "paddle.distributed.launch", "--nnodes=1", "--nproc_per_node=2", "--use_env")
@@ -57,15 +58,19 @@ class Result:
         return [parts[1].split(",")[0] for parts in lines if len(parts) == 2 and parts[0].startswith("step ")]
 
 
+def environment() -> dict[str, str]:
+    """The variables a command is run with."""
+    left_out = ("PYTHONPATH", "CUDA_VISIBLE_DEVICES")
+    kept = {name: value for name, value in os.environ.items() if name not in left_out and "PADDLE" not in name}
+    return kept | NO_NETWORK | {"OMP_NUM_THREADS": "1"}
+
+
 def run(command: Command) -> Result:
     """Runs one command with this interpreter, one thread, and nothing of the project in PYTHONPATH."""
-    left_out = ("PYTHONPATH", "CUDA_VISIBLE_DEVICES")
-    environment = {name: value for name, value in os.environ.items() if name not in left_out and "PADDLE" not in name}
-    environment |= NO_NETWORK | {"OMP_NUM_THREADS": "1"}
     done = subprocess.run(
         [sys.executable, *command.arguments],
         cwd=command.folder,
-        env=environment,
+        env=environment(),
         capture_output=True,
         text=True,
         timeout=180,

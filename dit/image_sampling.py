@@ -1,0 +1,86 @@
+"""From class labels to images: the network, the sampler and the VAE that the flags of a command name."""
+
+import argparse
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import paddle
+
+from latent_diffusion.vae import check_channels, decode_latents, load_vae
+
+from .modeling import DiT
+from .pretrained import load_dit
+from .sampling import Sampler, make_sampler, sample_latents
+from .sampling_arguments import AMP_DTYPES, check_config, config_file, find_checkpoint
+
+
+@dataclass(frozen=True, eq=False)
+class ImageSampler:
+    """Draws images of classes.
+
+    Attributes:
+        model: the network, in eval mode.
+        vae: the `AutoencoderKL` of its latents.
+        sampler: from `make_sampler`.
+        guidance_scale: 1 for none.
+        amp_dtype: "float16" or "bfloat16" for the network's matrix products, None for float32.
+    """
+
+    model: DiT
+    vae: Any
+    sampler: Sampler
+    guidance_scale: float
+    amp_dtype: str | None = None
+
+    def draw(
+        self,
+        labels: Sequence[int],
+        generators: Sequence[np.random.Generator],
+        on_step: Callable[[], object] | None = None,
+    ) -> np.ndarray:
+        """One image for each label: uint8 [B, H, W, 3].
+
+        Args:
+            labels: in [0, num_classes).
+            generators: of the noise, one a label.
+            on_step: called after each step.
+
+        Raises:
+            InputError: a label is out of range.
+        """
+        with paddle.amp.auto_cast(enable=self.amp_dtype is not None, dtype=self.amp_dtype or "float16"):
+            latents = sample_latents(self.model, labels, self.sampler, self.guidance_scale, generators, on_step)
+        return decode_latents(self.vae, latents)
+
+
+def load_image_sampler(arguments: argparse.Namespace, device: str) -> ImageSampler:
+    """What the flags of `add_sampling_arguments` name, loaded.
+
+    Args:
+        arguments: the flags.
+        device: "cpu" or "gpu".
+
+    Raises:
+        InputError: something is not there, cannot be read, or contradicts another flag.
+    """
+    source = find_checkpoint(arguments)
+    sampler = make_sampler(arguments.sampler, arguments.num_sampling_steps)
+    vae = load_vae(arguments.vae)
+    if arguments.sd_scale_factor:
+        vae.register_to_config(scaling_factor=arguments.sd_scale_factor)
+    model = load_dit(source, config_file(arguments), arguments.use_ema)
+    check_config(arguments, model.config, source)
+    check_channels(vae, arguments.vae, model.config.in_channels)
+    if arguments.enable_flash_attention:
+        model.enable_xformers_memory_efficient_attention()
+    return ImageSampler(model, vae, sampler, arguments.cfg_scale, _amp_dtype(device, arguments.dtype))
+
+
+def _amp_dtype(device: str, dtype: str) -> str | None:
+    if device == "cpu" and dtype != "fp32":
+        print(f"note: {dtype} has no effect on a CPU; sampling in float32", file=sys.stderr)
+        return None
+    return AMP_DTYPES[dtype]
