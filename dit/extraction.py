@@ -1,37 +1,49 @@
-"""Images to latents in the fastdit layout; an interrupted extraction continues where it stopped."""
+"""Images to features in either layout, by one process or several; after an interruption it continues."""
 
-import dataclasses
-import json
+import sys
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
+from latent_diffusion import distributed
 from latent_diffusion.errors import InputError
-from latent_diffusion.files import replace_file
+from latent_diffusion.files import publish_folder
 from latent_diffusion.images import list_image_folder, read_image
+from latent_diffusion.packed import MANIFEST, PackedReader, PackedWriter, is_packed
 from latent_diffusion.progress import progress
+from latent_diffusion.records import CROP, LATENTS, MOMENTS, Contents, RecordWriter, claim_manifest
 from latent_diffusion.vae import encode_moments, sample_moments
 
 from .configuration import VAE_DOWNSAMPLING
-from .features import feature_folders
+from .feature_files import FeatureFilesWriter
+
+LAYOUTS = {"files": "float32", "packed": "float16"}
+
+# Batches whose images are being decoded while one is encoded.
+BATCHES_AHEAD = 2
 
 
 @dataclass(frozen=True)
 class ExtractionSettings:
-    """How features are made; all of it goes into the manifest beside them.
+    """How features are made; all of it shows in the manifest beside them.
 
     Attributes:
         vae: name or path of the VAE.
         resolution: side of the images in pixels.
-        dtype: "float16" or "float32".
-        flip: whether mirrored latents are written too.
+        layout: "files" (samples of the posterior, scaled) or "packed" (moments of the image and of its mirror).
+        dtype: "float16" or "float32"; None for the layout's own (`LAYOUTS`).
+        flip: whether mirrored latents are written too; packed features always have them.
         seed: of the posterior samples.
     """
 
     vae: str
     resolution: int
-    dtype: str = "float32"
+    layout: str = "files"
+    dtype: str | None = None
     flip: bool = False
     seed: int = 0
 
@@ -41,92 +53,185 @@ class ExtractionSettings:
         if self.seed < 0:
             raise InputError(f"the seed must be at least 0, not {self.seed}")
 
+    def contents(self, vae, records: int, classes: list[str]) -> Contents:
+        """What is extracted with the `AutoencoderKL` that the settings name."""
+        packed, side = self.layout == "packed", self.resolution // VAE_DOWNSAMPLING
+        channels = vae.config.latent_channels
+        views = 2 if packed or self.flip else 1
+        return Contents(
+            content=MOMENTS if packed else LATENTS,
+            record_shape=(views, 2 * channels if packed else channels, side, side),
+            dtype=self.dtype or LAYOUTS[self.layout],
+            records=records,
+            resolution=self.resolution,
+            scaling_factor=float(vae.config.scaling_factor),
+            vae=self.vae,
+            crop=CROP,
+            seed=None if packed else self.seed,
+            classes=tuple(classes),
+        )
+
+
+@dataclass(frozen=True)
+class Extracted:
+    """How an extraction ended: images in the folder, those of them encoded now, and paths that were skipped."""
+
+    images: int
+    encoded: int
+    skipped: list[str]
+
 
 def extract_features(
-    data_path: Path, features_path: Path, settings: ExtractionSettings, vae, batch_size: int = 16
-) -> tuple[int, int]:
-    """Writes one sample of the VAE's posterior, scaled, and the label of every image of an image folder.
+    data_path: Path,
+    features_path: Path,
+    settings: ExtractionSettings,
+    vae,
+    batch_size: int = 16,
+    num_workers: int = 4,
+    skip_unreadable: bool = False,
+) -> Extracted | None:
+    """Writes the features of every image of an image folder; the processes of a launched run share the batches.
 
-    The noise of image i depends on (seed, i) alone, and batches of one size always hold the same images, so that a
-    restarted extraction gives the same files. Names count the images in the order of their sorted paths.
+    Batches of one size always hold the same images, in the order of their sorted paths, and the noise of image i
+    depends on (seed, i) alone. So a restarted extraction, or one by another number of processes, gives the same files.
+    Packed features are in `<features_path>.partial` until they are complete.
 
     Args:
         data_path: one folder a class.
-        features_path: where the folders of the layout are made.
+        features_path: the folder to write.
         vae: the `AutoencoderKL` that the settings name, in eval mode.
         batch_size: images encoded at a time.
+        num_workers: threads that decode images ahead of the VAE.
+        skip_unreadable: skip images that cannot be read: each is named on stderr, and the manifest lists them.
 
     Returns:
-        How many images were encoded now, and how many there are; the others were there already.
+        The result on rank 0, None on others.
 
     Raises:
         InputError: an image is unreadable, or the folder holds features made with other settings.
     """
-    if batch_size < 1:
-        raise InputError(f"the batch size must be at least 1, not {batch_size}")
+    for name, value in (("batch size", batch_size), ("number of workers", num_workers)):
+        if value < 1:
+            raise InputError(f"the {name} must be at least 1, not {value}")
     paths, labels, classes = list_image_folder(data_path)
-    source = {"scaling_factor": float(vae.config.scaling_factor), "images": len(paths), "classes": classes}
-    _claim(features_path / f"imagenet{settings.resolution}_manifest.json", dataclasses.asdict(settings) | source)
-    folders = feature_folders(features_path, settings.resolution)
-    latents, label_folder, flipped = folders
-    for folder in folders if settings.flip else folders[:2]:
-        folder.mkdir(parents=True, exist_ok=True)
-    done = _existing(label_folder)
-    encoded = 0
-    with progress(total=len(paths), desc="extract", unit="image") as bar:
-        for start in range(0, len(paths), batch_size):
-            batch = range(start, min(start + batch_size, len(paths)))
-            if not all(i in done for i in batch):
-                images = np.stack([read_image(paths[i], settings.resolution) for i in batch])
-                _write(latents, batch, _posterior_sample(vae, images, batch, settings.seed), settings.dtype)
-                if settings.flip:
-                    mirrored = _posterior_sample(vae, images[:, :, ::-1], batch, settings.seed)
-                    _write(flipped, batch, mirrored, settings.dtype)
-                for i in batch:
-                    # The label comes last: an image is done when its label is there.
-                    _save(label_folder / f"{i}.npy", np.array([labels[i]], dtype=np.int64))
-                encoded += len(batch)
+    contents = settings.contents(vae, len(paths), classes)
+    rank, world_size = distributed.start()
+    if settings.layout == "packed" and is_packed(features_path):
+        return _finished(features_path, contents) if rank == 0 else None
+    writer = _writer(settings.layout, features_path, contents)
+    if rank == 0:
+        writer.claim()
+    distributed.barrier()
+    absent = set(writer.absent())
+    distributed.barrier()  # nobody writes before everybody has looked
+
+    starts = range(0, len(paths), batch_size)[rank::world_size]
+    batches = [range(start, min(start + batch_size, len(paths))) for start in starts]
+    images = _ImageReader(paths, settings.resolution, skip_unreadable)
+    encode = _encoder(vae, contents)
+    share = "" if world_size == 1 else f" (share of one process of {world_size})"
+    pending = [batch for batch in batches if not absent.isdisjoint(batch)]
+    with progress(sum(map(len, pending)), f"extract{share}", "image") as bar:
+        for batch, pixels, readable in images.read_ahead(pending, num_workers):
+            records = encode(pixels, batch)
+            kept = [i for i, found in zip(batch, readable, strict=True) if found]
+            writer.write(kept, records[readable], [labels[i] for i in kept])
             bar.update(len(batch))
-    return encoded, len(paths)
+
+    distributed.barrier()
+    if rank > 0:
+        return None
+    unread = writer.absent()
+    for i in unread:
+        images.check_unreadable(i)
+    skipped = [str(paths[i].relative_to(data_path)) for i in unread]
+    writer.finish(skipped)
+    if settings.layout == "packed":
+        publish_folder(writer.folder, features_path.absolute())
+    return Extracted(len(paths) - len(skipped), len(absent) - len(skipped), skipped)
 
 
-def _claim(manifest: Path, values: dict) -> None:
-    """Writes the manifest, or checks that an earlier run with the same values wrote it."""
-    if not manifest.exists():
-        manifest.parent.mkdir(parents=True, exist_ok=True)
-        replace_file(manifest, lambda path: path.write_text(json.dumps(values, indent=2) + "\n"))
-        return
-    try:
-        earlier = json.loads(manifest.read_text())
-    except ValueError:
-        raise InputError(f"{manifest} is damaged; remove it and its feature folders to extract anew") from None
-    for name, value in values.items():
-        if earlier.get(name) != value:
-            raise InputError(
-                f"{manifest} says the features there were made with {name} {earlier.get(name)!r}, not {value!r}; "
-                "choose another --features-path or remove them"
-            )
+def sample_latents(moments: np.ndarray, numbers: Iterable[int], seed: int, scaling_factor: float) -> np.ndarray:
+    """Scaled samples of posteriors; the noise of image i is a function of (seed, i), the same for its mirror.
+
+    Args:
+        moments: float [B, V, 2 C, H, W].
+        numbers: the images' numbers i.
+
+    Returns:
+        float32 [B, V, C, H, W].
+    """
+    shape = (1, moments.shape[2] // 2, *moments.shape[3:])
+    noise = [np.random.default_rng([seed, i]).standard_normal(shape, dtype=np.float32) for i in numbers]
+    return sample_moments(moments, np.stack(noise)) * np.float32(scaling_factor)
 
 
-def _existing(label_folder: Path) -> set[int]:
-    return {int(path.stem) for path in label_folder.glob("*.npy") if path.stem.isdigit()}
+def _writer(layout: str, features_path: Path, contents: Contents) -> RecordWriter:
+    if layout == "files":
+        return FeatureFilesWriter(features_path, contents)
+    if features_path.exists() and (not features_path.is_dir() or any(features_path.iterdir())):
+        raise InputError(f"{features_path} exists and holds no packed features; choose another --features-path")
+    return PackedWriter(features_path.absolute().with_name(f"{features_path.name}.partial"), contents)
 
 
-def _posterior_sample(vae, images: np.ndarray, batch: range, seed: int) -> np.ndarray:
-    moments = encode_moments(vae, images)
-    shape = (moments.shape[1] // 2, *moments.shape[2:])
-    noise = [np.random.default_rng([seed, i]).standard_normal(shape, dtype=np.float32) for i in batch]
-    return sample_moments(moments, np.stack(noise)) * vae.config.scaling_factor
+def _finished(features_path: Path, contents: Contents) -> Extracted:
+    claim_manifest(features_path / MANIFEST, contents.to_dict())
+    skipped = PackedReader(features_path).skipped
+    return Extracted(contents.records - len(skipped), 0, skipped)
 
 
-def _write(folder: Path, batch: range, latents: np.ndarray, dtype: str) -> None:
-    for i, latent in zip(batch, latents, strict=True):
-        _save(folder / f"{i}.npy", latent[None].astype(dtype))
+def _encoder(vae, contents: Contents) -> Callable[[np.ndarray, range], np.ndarray]:
+    """A function of images uint8 [B, H, W, 3] and their numbers that gives their records [B, V, C, H, W]."""
+
+    def encode(pixels: np.ndarray, numbers: range) -> np.ndarray:
+        views = [pixels, pixels[:, :, ::-1]][: contents.views]
+        moments = np.stack([encode_moments(vae, view) for view in views], axis=1)
+        if contents.content == MOMENTS:
+            return moments
+        return sample_latents(moments, numbers, contents.seed, contents.scaling_factor)
+
+    return encode
 
 
-def _save(path: Path, array: np.ndarray) -> None:
-    def write(temporary: Path) -> None:
-        with temporary.open("wb") as file:
-            np.save(file, array)
+class _ImageReader:
+    """Reads the images of a list, ahead of their use; unreadable ones stop it or are skipped."""
 
-    replace_file(path, write)
+    def __init__(self, paths: list[Path], resolution: int, skip_unreadable: bool):
+        self.paths, self.resolution, self.skip_unreadable = paths, resolution, skip_unreadable
+
+    def read_ahead(self, batches: list[range], workers: int) -> Iterator[tuple[range, np.ndarray, np.ndarray]]:
+        """Yields each batch with its images uint8 [B, H, W, 3], and which of them could be read: bool [B].
+
+        A skipped image is black, so that the batch has its size: results could depend on that in their last digits.
+        """
+        with ThreadPoolExecutor(workers) as pool:
+            reading = deque()
+            for batch in batches:
+                reading.append((batch, [pool.submit(self._read, i) for i in batch]))
+                if len(reading) > BATCHES_AHEAD:
+                    yield self._batch(*reading.popleft())
+            while reading:
+                yield self._batch(*reading.popleft())
+
+    def check_unreadable(self, i: int) -> None:
+        """Raises `InputError` if image i can be read: then its features were lost, not skipped."""
+        if isinstance(self._read(i), np.ndarray):
+            raise InputError(f"{self.paths[i]} can be read but has no features; run the same command again")
+
+    def _read(self, i: int) -> np.ndarray | InputError:
+        try:
+            return read_image(self.paths[i], self.resolution)
+        except InputError as error:
+            if self.skip_unreadable:
+                return error
+            raise
+
+    def _batch(self, batch: range, reading: list) -> tuple[range, np.ndarray, np.ndarray]:
+        found = [future.result() for future in reading]
+        for error in found:
+            if isinstance(error, InputError):
+                print(f"skipped: {error}", file=sys.stderr, flush=True)
+        readable = np.array([isinstance(image, np.ndarray) for image in found])
+        black = np.zeros((self.resolution, self.resolution, 3), np.uint8)
+        images = np.stack([image if isinstance(image, np.ndarray) else black for image in found])
+        return batch, images, readable

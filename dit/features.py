@@ -1,46 +1,70 @@
-"""The fastdit layout: one latent and one label file an image, paired by name.
+"""Features that DiT trains on, in either layout: one file an image (`feature_files`), or packed."""
 
-    <feature_path>/imagenet256_features/<name>.npy       [4, 32, 32] or [1, 4, 32, 32], float16 or float32, scaled
-    <feature_path>/imagenet256_labels/<name>.npy         [] or [1], integer
-    <feature_path>/imagenet256_features_flip/<name>.npy  latents of the mirrored images (optional)
-
-256 stands for the side of the images in pixels.
-"""
-
+from abc import abstractmethod
 from pathlib import Path
 
 import numpy as np
 
 from latent_diffusion.errors import InputError
 from latent_diffusion.features import FeatureStore, list_arrays, read_array
+from latent_diffusion.packed import ABSENT, LABELS, MANIFEST, PackedReader, is_packed
+from latent_diffusion.records import MOMENTS
+from latent_diffusion.vae import sample_moments
 
 from .configuration import DiTConfig
+from .feature_files import check_twins, feature_folders
+from .labels import draw_label
 
 # Opening every file of ImageNet up front would take minutes on a network disk; names are all compared, and this many
 # files, evenly spread, are opened. The others are checked when training reads them.
 FILES_CHECKED = 256
 
 
-def feature_folders(feature_path: Path, resolution: int) -> tuple[Path, Path, Path]:
-    """Folders of latents, labels and mirrored latents for images of `resolution` pixels."""
-    stem = f"imagenet{resolution}"
-    return feature_path / f"{stem}_features", feature_path / f"{stem}_labels", feature_path / f"{stem}_features_flip"
-
-
-class FastDiTFeatures(FeatureStore):
-    """Latents and labels in the fastdit layout.
+def open_features(feature_path: str | Path, config: DiTConfig, use_flip: bool = False) -> FeatureStore:
+    """Opens a feature folder, whichever layout it is in.
 
     Args:
-        feature_path: folder that holds `imagenet<resolution>_features` and `_labels`.
+        feature_path: holds the manifest of packed features, or `imagenet<resolution>_features` and `_labels`.
         config: the backbone; it implies the resolution, the latent shape, the classes and the label dropout.
-        use_flip: take the mirrored latents half of the time.
+        use_flip: take mirrored latents half of the time. Packed features with mirrored views always do.
+
+    Raises:
+        InputError: the features are in neither layout, damaged, or not what the backbone takes.
+    """
+    if is_packed(Path(feature_path)):
+        return PackedFeatures(feature_path, config, use_flip)
+    return FastDiTFeatures(feature_path, config, use_flip)
+
+
+class LabeledFeatures(FeatureStore):
+    """Latents with class labels, some of which are dropped: what both layouts share."""
+
+    def __init__(self, config: DiTConfig):
+        self.config, self.latent_shape = config, config.latent_shape
+
+    def sample(self, index: int, rng: np.random.Generator) -> dict[str, np.ndarray]:
+        """ "latents" float32 [C, H, W] and "labels" int64, the null class with probability `class_dropout_prob`."""
+        return {
+            "latents": self._draw_latents(index, rng),
+            "labels": draw_label(self._label(index), self.config, rng),
+        }
+
+    @abstractmethod
+    def _draw_latents(self, index: int, rng: np.random.Generator) -> np.ndarray: ...
+
+    @abstractmethod
+    def _label(self, index: int) -> int: ...
+
+
+class FastDiTFeatures(LabeledFeatures):
+    """Latents and labels in the fastdit layout; the arguments are those of `open_features`.
 
     Raises:
         InputError: a folder or twin is missing, or one of the files checked up front is bad; the message names it.
     """
 
     def __init__(self, feature_path: str | Path, config: DiTConfig, use_flip: bool = False):
-        self.config, self.latent_shape = config, config.latent_shape
+        super().__init__(config)
         features, labels, flipped = feature_folders(Path(feature_path), config.resolution)
         _check_present(features)
         self.names = list_arrays(features)
@@ -49,7 +73,7 @@ class FastDiTFeatures(FeatureStore):
         self._labels = np.full(len(self.names), -1, dtype=np.int64)
         self.latent_folders = [features] + ([flipped] if use_flip else [])
         for twin in [labels, *self.latent_folders[1:]]:
-            _check_twins(self.names, features, twin)
+            check_twins(self.names, features, twin)
         for index in np.unique(np.linspace(0, len(self) - 1, min(FILES_CHECKED, len(self)), dtype=int)):
             self._label(index)
             for folder in self.latent_folders:
@@ -58,28 +82,67 @@ class FastDiTFeatures(FeatureStore):
     def __len__(self) -> int:
         return len(self.names)
 
-    def sample(self, index: int, rng: np.random.Generator) -> dict[str, np.ndarray]:
-        """ "latents" float32 [C, H, W] and "labels" int64, the null class with probability `class_dropout_prob`."""
-        folder = self.latent_folders[rng.integers(len(self.latent_folders))]
-        label = self._label(index)
-        if rng.random() < self.config.class_dropout_prob:
-            label = self.config.num_classes
-        return {"latents": self._latent(folder, index), "labels": np.int64(label)}
+    def _draw_latents(self, index: int, rng: np.random.Generator) -> np.ndarray:
+        return self._latent(self.latent_folders[rng.integers(len(self.latent_folders))], index)
 
     def _latent(self, folder: Path, index: int) -> np.ndarray:
         return read_array(folder / self.names[index], self.config.latent_shape).astype("float32")
 
     def _label(self, index: int) -> int:
         if self._labels[index] < 0:
-            self._labels[index] = self._read_label(index)
+            path = self.label_folder / self.names[index]
+            label = read_array(path, ())
+            _check_class(label, self.config, f"the label file {path}")
+            self._labels[index] = label
         return int(self._labels[index])
 
-    def _read_label(self, index: int) -> int:
-        path = self.label_folder / self.names[index]
-        label = read_array(path, ())
-        if label.dtype.kind not in "iu" or not 0 <= label < self.config.num_classes:
-            raise InputError(f"the label file {path} holds {label}, not a class in [0, {self.config.num_classes})")
-        return int(label)
+
+class PackedFeatures(LabeledFeatures):
+    """Packed features; the arguments are those of `open_features`.
+
+    The view of the image and the posterior sample are drawn at every use: an image is seen with other noise and from
+    the other side in another epoch. Latents that were sampled before they were packed have their view drawn only.
+
+    Raises:
+        InputError: a file is damaged, or the features are not what the backbone takes.
+    """
+
+    def __init__(self, feature_path: str | Path, config: DiTConfig, use_flip: bool = False):
+        super().__init__(config)
+        folder = Path(feature_path)
+        self.reader = PackedReader(folder)
+        self.contents = self.reader.contents
+        if self.contents.latent_shape != config.latent_shape:
+            raise InputError(
+                f"the features in {folder} are latents {self.contents.latent_shape} of images of "
+                f"{self.contents.resolution} pixels, the model takes {config.latent_shape}"
+            )
+        if use_flip and self.contents.views == 1:
+            raise InputError(f"the features in {folder} have no mirrored latents; leave --use_flip out")
+        self.numbers = np.flatnonzero(self.reader.labels != ABSENT)
+        if not len(self.numbers):
+            raise InputError(f"the features in {folder} are of no image: {MANIFEST} lists all as skipped")
+        labels = self.reader.labels[self.numbers]
+        for number in self.numbers[(labels < 0) | (labels >= config.num_classes)][:1]:
+            _check_class(self.reader.labels[number], config, f"record {number} of {folder / LABELS}")
+
+    def __len__(self) -> int:
+        return len(self.numbers)
+
+    def _draw_latents(self, index: int, rng: np.random.Generator) -> np.ndarray:
+        values = self.reader.read(int(self.numbers[index]), int(rng.integers(self.contents.views)))
+        if self.contents.content != MOMENTS:
+            return values.astype("float32")
+        noise = rng.standard_normal(self.latent_shape, dtype=np.float32)
+        return sample_moments(values, noise) * np.float32(self.contents.scaling_factor)
+
+    def _label(self, index: int) -> int:
+        return int(self.reader.labels[self.numbers[index]])
+
+
+def _check_class(label: np.ndarray, config: DiTConfig, source: str) -> None:
+    if label.dtype.kind not in "iu" or not 0 <= label < config.num_classes:
+        raise InputError(f"{source} holds {label}, not a class in [0, {config.num_classes})")
 
 
 def _check_present(features: Path) -> None:
@@ -87,17 +150,6 @@ def _check_present(features: Path) -> None:
         others = sorted(path.name for path in features.parent.glob("imagenet*_features"))
         found = f"; found there: {', '.join(others)}" if others else ""
         raise InputError(
-            f"the feature folder {features} does not exist{found}; make it with extract_features.py, "
-            "or name another folder with --feature_path"
+            f"the feature folder {features} does not exist{found}, nor does {features.parent / MANIFEST} of packed "
+            "features; make either with extract_features.py, or name another folder with --feature_path"
         )
-
-
-def _check_twins(names: list[str], features: Path, twin: Path) -> None:
-    others = list_arrays(twin)
-    if names == others:
-        return
-    first, second = set(names), set(others)
-    if lone := sorted(first - second):
-        raise InputError(f"{twin / lone[0]} is missing: its twin {features / lone[0]} exists ({len(lone)} such)")
-    lone = sorted(second - first)
-    raise InputError(f"{features / lone[0]} is missing: its twin {twin / lone[0]} exists ({len(lone)} such)")

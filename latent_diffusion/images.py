@@ -1,6 +1,7 @@
 """Images in and out: reading and cropping as ADM does, and grids to look at."""
 
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageOps, UnidentifiedImageError
@@ -40,11 +41,16 @@ def read_image(path: Path, size: int) -> np.ndarray:
     Raises:
         InputError: the file cannot be read or is no image.
     """
+    return decode_image(path, size, str(path))
+
+
+def decode_image(source: Path | BinaryIO, size: int, name: str) -> np.ndarray:
+    """As `read_image`, of a file or an open one; `name` says in an error which image is meant."""
     try:
-        with Image.open(path) as image:
+        with Image.open(source) as image:
             return center_crop(image.convert("RGB"), size)
     except (OSError, UnidentifiedImageError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise InputError(f"cannot read the image {path}: {error}") from None
+        raise InputError(f"cannot read the image {name}: {error}") from None
 
 
 def center_crop(image: Image.Image, size: int) -> np.ndarray:

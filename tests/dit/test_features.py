@@ -5,10 +5,15 @@ import pytest
 
 from dit import features
 from dit.configuration import DiTConfig
-from dit.features import FastDiTFeatures, feature_folders
+from dit.conversion import convert_features
+from dit.feature_files import feature_folders
+from dit.features import FastDiTFeatures, PackedFeatures, open_features
+from latent_diffusion import packed
 from latent_diffusion.errors import InputError
 from latent_diffusion.features import StreamBatchSampler, TrainingLoader, TrainingStream
 from latent_diffusion.objectives import LearnedRangeDDPM
+from latent_diffusion.packed import PackedWriter
+from latent_diffusion.records import Contents
 from latent_diffusion.schedules import NoiseSchedule
 
 SHAPE = (4, 8, 8)
@@ -100,7 +105,9 @@ def test_a_missing_folder_is_named_with_what_is_there(tmp_path):
     write(tmp_path, [1])
     with pytest.raises(InputError, match="imagenet128_features does not exist; found there: imagenet64_features"):
         FastDiTFeatures(tmp_path, config(sample_size=16))
-    with pytest.raises(InputError, match=r"nowhere/imagenet64_features does not exist; make it"):
+    with pytest.raises(
+        InputError, match=r"nowhere/imagenet64_features does not exist, nor does .*nowhere/manifest.json"
+    ):
         FastDiTFeatures(tmp_path / "nowhere", config())
 
 
@@ -133,3 +140,115 @@ def test_a_bad_file_met_later_is_named(tmp_path, monkeypatch, workers):
     with pytest.raises(InputError) as error:
         list(TrainingLoader(stream, StreamBatchSampler(2, 0, 5), workers))
     assert str(bad) in str(error.value) and "\n" not in str(error.value)
+
+
+# A packed image: channel means and standard deviations of its posterior; its mirror has the negative means.
+MEANS, STDS = np.array([3.0, -1.0, 0.5, 10.0]), np.array([0.5, 1.0, 2.0, 0.1])
+
+
+def write_packed(root: Path, count: int = 3, content: str = "moments", views: int = 2, labels=None) -> None:
+    values = np.concatenate([MEANS, 2 * np.log(STDS)])[:, None, None] * np.ones((8, 8))
+    mirrored = np.concatenate([-MEANS, 2 * np.log(STDS)])[:, None, None] * np.ones((8, 8))
+    channels = 8 if content == "moments" else 4
+    record = np.stack([values, mirrored])[:views, :channels]
+    writer = PackedWriter(root, Contents(content, record.shape, "float16", count, 64, 0.25))
+    writer.claim()
+    writer.write(range(count), np.stack([record] * count), list(range(count)) if labels is None else labels)
+    writer.finish([])
+
+
+def test_the_layout_is_found(tmp_path):
+    write(tmp_path / "files", range(5))
+    write_packed(tmp_path / "packed")
+    assert isinstance(open_features(tmp_path / "files", config()), FastDiTFeatures)
+    assert isinstance(open_features(str(tmp_path / "packed"), config()), PackedFeatures)
+
+
+def test_repeated_samples_have_the_moments_of_both_views(tmp_path):
+    write_packed(tmp_path)
+    store = PackedFeatures(tmp_path, config())
+    draws = np.stack([sample(store, 1, seed)[0] for seed in range(400)])
+    assert draws.dtype == np.float32 and draws.shape == (400, *SHAPE)
+    mirrored = draws[:, 3].mean(axis=(1, 2)) < 0
+    assert 160 < mirrored.sum() < 240
+    for views, sign in ((draws[~mirrored], 1), (draws[mirrored], -1)):
+        np.testing.assert_allclose(views.mean(axis=(0, 2, 3)), sign * MEANS * 0.25, atol=0.03)
+        np.testing.assert_allclose(views.std(axis=(0, 2, 3)), STDS * 0.25, rtol=0.03)
+    np.testing.assert_array_equal(sample(store, 1, 5)[0], draws[5])
+
+
+def test_packed_labels_are_dropped_at_the_rate(tmp_path):
+    write_packed(tmp_path)
+    store = PackedFeatures(tmp_path, config(class_dropout_prob=0.25))
+    labels = [sample(store, 2, seed)[1] for seed in range(400)]
+    assert set(labels) == {2, 10} and 70 <= labels.count(10) <= 130
+
+
+@pytest.mark.parametrize("views", [1, 2])
+def test_packed_latents_are_read_as_they_are(tmp_path, views):
+    write_packed(tmp_path, content="latents", views=views)
+    store = PackedFeatures(tmp_path, config())
+    found = {float(sample(store, 0, seed)[0][0, 0, 0]) for seed in range(40)}
+    assert found == ({3.0} if views == 1 else {3.0, -3.0})
+    latents, _ = sample(store, 0)
+    assert latents.dtype == np.float32 and latents.shape == SHAPE
+
+
+def test_packed_and_file_features_give_the_same_samples(tmp_path):
+    """The same latents in both layouts train alike: the random choices are drawn in the same order."""
+    write(tmp_path / "files", range(5), flip=True)
+    convert_features(tmp_path / "files", tmp_path / "packed", "packed", scaling_factor=1.0)
+    dropping = config(class_dropout_prob=0.5)
+    files, one = (open_features(tmp_path / name, dropping, use_flip=True) for name in ("files", "packed"))
+    for index in range(5):
+        for seed in range(20):
+            (expected, label), (found, packed_label) = sample(files, index, seed), sample(one, index, seed)
+            np.testing.assert_array_equal(found, expected)
+            assert packed_label == label
+
+
+def test_packed_features_of_another_size_are_refused(tmp_path):
+    write_packed(tmp_path)
+    with pytest.raises(InputError, match=r"latents \(4, 8, 8\) of images of 64 pixels, the model takes \(4, 16, 16\)"):
+        PackedFeatures(tmp_path, config(sample_size=16))
+
+
+def test_mirrored_latents_that_were_not_packed_are_missed(tmp_path):
+    write_packed(tmp_path, content="latents", views=1)
+    with pytest.raises(InputError, match="have no mirrored latents; leave --use_flip out"):
+        PackedFeatures(tmp_path, config(), use_flip=True)
+
+
+@pytest.mark.parametrize("label", [10, -2])
+def test_a_packed_label_that_is_no_class_is_named(tmp_path, label):
+    write_packed(tmp_path, labels=[1, label, 2])
+    with pytest.raises(InputError, match=rf"record 1 of .*labels.npy holds {label}, not a class in \[0, 10\)"):
+        PackedFeatures(tmp_path, config())
+
+
+def test_packed_features_of_no_image_are_refused(tmp_path):
+    write_packed(tmp_path, labels=[-1, -1, -1])
+    with pytest.raises(InputError, match="are of no image"):
+        PackedFeatures(tmp_path, config())
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_bad_record_met_later_is_named(tmp_path, monkeypatch, workers):
+    monkeypatch.setattr(packed, "RECORDS_PER_SHARD", 4)
+    write_packed(tmp_path, count=10)
+    shard = np.load(tmp_path / "shard-00001.npy", mmap_mode="r+")
+    shard[2] = np.nan
+    shard.flush()
+    stream = TrainingStream(PackedFeatures(tmp_path, config()), LearnedRangeDDPM(NoiseSchedule.linear()), seed=0)
+    with pytest.raises(InputError, match=r"record 2 of .*shard-00001\.npy"):
+        list(TrainingLoader(stream, StreamBatchSampler(2, 0, 5), workers))
+
+
+def test_loader_workers_read_the_same_packed_samples(tmp_path, monkeypatch):
+    monkeypatch.setattr(packed, "RECORDS_PER_SHARD", 4)
+    write_packed(tmp_path, count=10)
+    stream = TrainingStream(PackedFeatures(tmp_path, config()), LearnedRangeDDPM(NoiseSchedule.linear()), seed=0)
+    alone, shared = (list(TrainingLoader(stream, StreamBatchSampler(2, 0, 10), workers)) for workers in (0, 2))
+    for first, second in zip(alone, shared, strict=True):
+        for name in first:
+            np.testing.assert_array_equal(first[name].numpy(), second[name].numpy())

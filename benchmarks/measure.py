@@ -1,0 +1,81 @@
+"""Runs the real commands and reads the figures they print."""
+
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from latent_diffusion.errors import InputError
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def last_figures(
+    command: Sequence[object], folder: Path, environment: dict[str, str] | None = None
+) -> dict[str, float]:
+    """What a training command logs last: the means since the log line before it.
+
+    Args:
+        command: what follows `python`.
+        folder: where it runs.
+        environment: of the process; None for this one's.
+
+    Raises:
+        InputError: it fails; its last line says why.
+    """
+    done = subprocess.run(
+        [sys.executable, *map(str, command)], cwd=folder, env=environment, capture_output=True, text=True
+    )
+    if done.returncode:
+        reason = (done.stderr.strip() or done.stdout.strip()).splitlines()[-1:]
+        raise InputError(f"{' '.join(map(str, command))} ended with exit status {done.returncode}: {''.join(reason)}")
+    lines = [line for line in done.stdout.splitlines() if re.match(r"step \d+/\d+: ", line)]
+    return {name: float(value) for name, value in re.findall(r"(\w+) ([-\d.e+]+)(?:,|$)", lines[-1].split(": ", 1)[1])}
+
+
+def print_row(*cells: object, widths: Sequence[int] = ()) -> None:
+    """One row of a Markdown table."""
+    padded = [str(cell).ljust(width) for cell, width in zip(cells, widths or [0] * len(cells), strict=True)]
+    print("| " + " | ".join(padded) + " |", flush=True)
+
+
+def print_head(*names: str) -> list[int]:
+    """The head of a Markdown table; returns the widths for its rows."""
+    widths = [len(name) for name in names]
+    print_row(*names, widths=widths)
+    print_row(*("-" * width for width in widths), widths=widths)
+    return widths
+
+
+def scratch() -> tempfile.TemporaryDirectory:
+    """A folder for data that is made for a measurement and removed after it."""
+    return tempfile.TemporaryDirectory(prefix="benchmark-")
+
+
+def write_features(folder: Path, image_size: int, count: int) -> Path:
+    """Random latents and labels in the fastdit layout: their values do not change the time."""
+    rng = np.random.default_rng(0)
+    side = image_size // 8
+    for kind in ("features", "labels"):
+        (folder / f"imagenet{image_size}_{kind}").mkdir(parents=True)
+    for i in range(count):
+        latents = rng.standard_normal((1, 4, side, side), dtype=np.float32)
+        np.save(folder / f"imagenet{image_size}_features/{i}.npy", latents)
+        np.save(folder / f"imagenet{image_size}_labels/{i}.npy", np.array([i % 10]))
+    return folder
+
+
+def write_images(folder: Path, count: int, size: tuple[int, int] = (500, 375)) -> Path:
+    """JPEG files of random blots in two classes; by default of the usual size of ImageNet's."""
+    rng = np.random.default_rng(0)
+    for name in ("a", "b"):
+        (folder / name).mkdir(parents=True)
+    for i in range(count):
+        blots = Image.fromarray(rng.integers(0, 256, (12, 16, 3), dtype=np.uint8)).resize(size, Image.BICUBIC)
+        blots.save(folder / "ab"[i % 2] / f"{i}.jpg", quality=90)
+    return folder

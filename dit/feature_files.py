@@ -1,0 +1,227 @@
+"""The fastdit layout on disk: one latent and one label file an image, paired by name.
+
+    <folder>/imagenet256_features/<name>.npy       [4, 32, 32] or [1, 4, 32, 32], float16 or float32, scaled
+    <folder>/imagenet256_labels/<name>.npy         [] or [1], integer
+    <folder>/imagenet256_features_flip/<name>.npy  latents of the mirrored images (optional)
+    <folder>/imagenet256_manifest.json             what extraction knows of them (optional)
+
+256 stands for the side of the images in pixels.
+"""
+
+import hashlib
+import io
+import re
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from latent_diffusion.errors import InputError
+from latent_diffusion.features import list_arrays, read_array
+from latent_diffusion.progress import progress
+from latent_diffusion.records import (
+    CROP,
+    LATENTS,
+    Contents,
+    RecordReader,
+    RecordWriter,
+    claim_manifest,
+    read_manifest,
+    skipped_images,
+    write_manifest,
+)
+
+from .configuration import VAE_DOWNSAMPLING
+
+
+def feature_folders(feature_path: Path, resolution: int) -> tuple[Path, Path, Path]:
+    """Folders of latents, labels and mirrored latents for images of `resolution` pixels."""
+    stem = f"imagenet{resolution}"
+    return feature_path / f"{stem}_features", feature_path / f"{stem}_labels", feature_path / f"{stem}_features_flip"
+
+
+def manifest_path(feature_path: Path, resolution: int) -> Path:
+    """The manifest beside the folders."""
+    return feature_path / f"imagenet{resolution}_manifest.json"
+
+
+def check_twins(names: list[str], features: Path, twin: Path) -> None:
+    """Raises `InputError` unless the folder `twin` holds the arrays `names` that `features` holds."""
+    others = list_arrays(twin)
+    if names == others:
+        return
+    first, second = set(names), set(others)
+    if lone := sorted(first - second):
+        raise InputError(f"{twin / lone[0]} is missing: its twin {features / lone[0]} exists ({len(lone)} such)")
+    lone = sorted(second - first)
+    raise InputError(f"{features / lone[0]} is missing: its twin {twin / lone[0]} exists ({len(lone)} such)")
+
+
+class FeatureFilesWriter(RecordWriter):
+    """Writes the fastdit layout; the files of image i are called `i.npy`.
+
+    Files are not flushed to the disk one by one, which would take longer than the encoding. What a power failure leaves
+    of them is shorter than it should be, so a record is there when all of its files have their full size.
+    """
+
+    def __init__(self, folder: Path, contents: Contents):
+        super().__init__(contents)
+        latents, self.labels, flipped = feature_folders(folder, contents.resolution)
+        self.views = [latents, flipped][: contents.views]
+        self.manifest = manifest_path(folder, contents.resolution)
+        self.latent_bytes = len(_array_file(np.zeros((1, *contents.latent_shape), contents.dtype)))
+        self.label_bytes = len(_label_file(0))
+
+    def claim(self) -> None:
+        claim_manifest(self.manifest, self.contents.to_dict())
+        for folder in (*self.views, self.labels):
+            folder.mkdir(exist_ok=True)
+
+    def absent(self) -> list[int]:
+        return [number for number in range(self.contents.records) if not self._is_there(number)]
+
+    def write(self, numbers: Sequence[int], records: np.ndarray, labels: Sequence[int]) -> None:
+        for number, record, label in zip(numbers, records.astype(self.contents.dtype), labels, strict=True):
+            for folder, latent in zip(self.views, record, strict=True):
+                _write(folder, number, _array_file(latent[None]))
+            _write(self.labels, number, _label_file(label))
+
+    def finish(self, skipped: list[str]) -> None:
+        numbers = sorted(set(range(self.contents.records)) - set(self.absent()))
+        digest = hashlib.sha256()
+        with progress(total=len(numbers), desc="checksum", unit="image") as bar:
+            for number in numbers:
+                _update(digest, [folder / f"{number}.npy" for folder in (*self.views, self.labels)])
+                bar.update()
+        found = {"images": len(numbers), "skipped": skipped, "sha256": digest.hexdigest()}
+        write_manifest(self.manifest, self.contents.to_dict() | found)
+
+    def _is_there(self, number: int) -> bool:
+        name = f"{number}.npy"
+        sizes = [(folder, self.latent_bytes) for folder in self.views] + [(self.labels, self.label_bytes)]
+        return all(_size(folder / name) == size for folder, size in sizes)
+
+
+class FeatureFilesReader(RecordReader):
+    """Reads the fastdit layout, of extraction or of another program.
+
+    Without a manifest, files are numbered in the order of their names, by number where all names are numbers.
+
+    Args:
+        folder: holds `imagenet<resolution>_features` and `_labels` of one resolution.
+        scaling_factor: of the VAE; needed without a manifest, and no other than it says with one.
+
+    Raises:
+        InputError: a folder, a twin or the scaling factor is missing, or the manifest says something else.
+    """
+
+    def __init__(self, folder: Path, scaling_factor: float | None = None):
+        resolution = _resolution(folder)
+        latents, self.labels, flipped = feature_folders(folder, resolution)
+        self.views = [latents, flipped] if flipped.is_dir() else [latents]
+        self.manifest, self.sha256, self.skipped = manifest_path(folder, resolution), None, []
+        names = list_arrays(latents)
+        for twin in (self.labels, *self.views[1:]):
+            check_twins(names, latents, twin)
+        if self.manifest.exists():
+            self._read_manifest(names, scaling_factor)
+        else:
+            self._describe(names, resolution, scaling_factor)
+
+    def __iter__(self) -> Iterator[tuple[int, np.ndarray, int]]:
+        digest = hashlib.sha256()
+        for number, name in self.names.items():
+            _update(digest, [folder / name for folder in (*self.views, self.labels)])
+            yield number, np.stack([self._latent(folder / name) for folder in self.views]), self._label(name)
+        if self.sha256 not in (None, digest.hexdigest()):
+            raise InputError(
+                f"the features are not those whose checksum {self.manifest} has; run extract_features.py again"
+            )
+
+    def _read_manifest(self, names: list[str], scaling_factor: float | None) -> None:
+        values = read_manifest(self.manifest)
+        self.contents = Contents.from_manifest(values, self.manifest)
+        self.sha256, self.skipped = values.get("sha256"), skipped_images(values, self.manifest)
+        if scaling_factor not in (None, self.contents.scaling_factor):
+            raise InputError(
+                f"--scaling-factor {scaling_factor} contradicts {self.manifest}, which says "
+                f"{self.contents.scaling_factor}"
+            )
+        if len(self.views) != self.contents.views:
+            raise InputError(
+                f"{self.manifest} says each image has {self.contents.views} latents, not {len(self.views)}"
+            )
+        expected = {f"{number}.npy": number for number in range(self.contents.records)}
+        if stranger := next((name for name in names if name not in expected), None):
+            raise InputError(f"{self.views[0] / stranger} is no file of the {self.contents.records} of {self.manifest}")
+        self.names = dict(sorted((expected[name], name) for name in names))
+
+    def _describe(self, names: list[str], resolution: int, scaling_factor: float | None) -> None:
+        if scaling_factor is None:
+            raise InputError(
+                f"{self.manifest} does not exist: say with --scaling-factor what the latents were multiplied by "
+                "(0.18215 for the VAE of Stable Diffusion)"
+            )
+        if all(name.removesuffix(".npy").isdecimal() for name in names):
+            names = sorted(names, key=lambda name: int(name.removesuffix(".npy")))
+        self.names = dict(enumerate(names))
+        path = self.views[0] / names[0]
+        first = read_array(path)
+        if first.ndim == 4 and first.shape[0] == 1:
+            first = first[0]
+        if first.ndim != 3 or first.dtype.name not in ("float16", "float32"):
+            raise InputError(f"{path} holds {first.dtype} {first.shape}, not float16 or float32 latents [C, H, W]")
+        shape = (len(self.views), *first.shape)
+        self.contents = Contents(LATENTS, shape, first.dtype.name, len(names), resolution, scaling_factor, crop=CROP)
+
+    def _latent(self, path: Path) -> np.ndarray:
+        latent = read_array(path, self.contents.latent_shape)
+        if latent.dtype != self.contents.dtype:
+            raise InputError(f"{path} holds {latent.dtype}, the others {self.contents.dtype}")
+        return latent
+
+    def _label(self, name: str) -> int:
+        label = read_array(self.labels / name, ())
+        if label.dtype.kind not in "iu" or label < 0:
+            raise InputError(f"the label file {self.labels / name} holds {label}, not the number of a class")
+        return int(label)
+
+
+def _resolution(folder: Path) -> int:
+    """The one resolution that a folder holds features of."""
+    found = [re.fullmatch(r"imagenet([1-9]\d*)_features", path.name) for path in sorted(folder.glob("imagenet*"))]
+    resolutions = [int(match[1]) for match in found if match]
+    if len(resolutions) != 1:
+        raise InputError(f"{folder} must hold one folder imagenet<resolution>_features, but holds {len(resolutions)}")
+    if resolutions[0] % VAE_DOWNSAMPLING:
+        raise InputError(f"{folder} holds features of {resolutions[0]} pixels, no multiple of {VAE_DOWNSAMPLING}")
+    return resolutions[0]
+
+
+def _array_file(array: np.ndarray) -> bytes:
+    file = io.BytesIO()
+    np.save(file, array)
+    return file.getvalue()
+
+
+def _label_file(label: int) -> bytes:
+    return _array_file(np.array([label], dtype=np.int64))
+
+
+def _write(folder: Path, number: int, content: bytes) -> None:
+    # The name is the same at every try: what a killed process leaves is written over.
+    temporary = folder / f".{number}.tmp"
+    temporary.write_bytes(content)
+    temporary.replace(folder / f"{number}.npy")
+
+
+def _size(path: Path) -> int | None:
+    try:
+        return path.stat().st_size
+    except FileNotFoundError:
+        return None
+
+
+def _update(digest, paths: list[Path]) -> None:
+    for path in paths:
+        digest.update(path.read_bytes())

@@ -1,0 +1,233 @@
+"""The packed layout: the records of all images in about a hundred files, made to be memory-mapped.
+
+manifest.json     contents, counts, skipped images, and the files below with their SHA-256
+shard-00000.npy   [n, V, C, H, W], record 0 onward; 12,800 records a full shard
+labels.npy        [records] int64, -1 where an image could not be read: its record is zeros
+"""
+
+import bisect
+import itertools
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from .errors import InputError
+from .progress import progress
+from .records import (
+    Contents,
+    RecordReader,
+    RecordWriter,
+    claim_manifest,
+    file_sha256,
+    is_count,
+    read_manifest,
+    skipped_images,
+    write_manifest,
+)
+
+MANIFEST, LABELS = "manifest.json", "labels.npy"
+LAYOUT = {"layout": "packed", "version": 1}
+
+# 101 files for the 1,281,167 images of ImageNet.
+RECORDS_PER_SHARD = 12_800
+
+# The label of a number without a record.
+ABSENT = -1
+
+
+def is_packed(folder: Path) -> bool:
+    """Whether a folder is in the packed layout."""
+    return (folder / MANIFEST).is_file()
+
+
+@dataclass(frozen=True)
+class _Shard:
+    path: Path
+    first: int
+    records: int
+    sha256: str = ""
+
+
+class PackedWriter(RecordWriter):
+    """Writes the packed layout into a folder; a record's label is written last and marks it as done.
+
+    Args:
+        folder: need not exist. Until `finish` its manifest lists no files, and `PackedReader` refuses it.
+        contents: of the records.
+    """
+
+    def __init__(self, folder: Path, contents: Contents):
+        super().__init__(contents)
+        self.folder, self.labels = folder, folder / LABELS
+        starts = range(0, contents.records, RECORDS_PER_SHARD)
+        self.shards = [
+            _Shard(folder / f"shard-{k:05}.npy", first, min(RECORDS_PER_SHARD, contents.records - first))
+            for k, first in enumerate(starts)
+        ]
+
+    def claim(self) -> None:
+        claim_manifest(self.folder / MANIFEST, LAYOUT | self.contents.to_dict())
+        if self.labels.exists():
+            return
+        for shard in self.shards:
+            _allocate(shard.path, (shard.records, *self.contents.record_shape), self.contents.dtype)
+        # Under its name the file of labels says that all shards were allocated.
+        temporary = self.labels.with_suffix(".tmp")
+        _allocate(temporary, (self.contents.records,), "int64", ABSENT)
+        temporary.rename(self.labels)
+
+    def absent(self) -> list[int]:
+        return np.flatnonzero(np.load(self.labels) == ABSENT).tolist()
+
+    def write(self, numbers: Sequence[int], records: np.ndarray, labels: Sequence[int]) -> None:
+        by_shard = itertools.groupby(zip(numbers, records, strict=True), lambda pair: pair[0] // RECORDS_PER_SHARD)
+        for k, pairs in by_shard:
+            first = self.shards[k].first
+            _write_rows(self.shards[k].path, [(number - first, record) for number, record in pairs], durable=True)
+        _write_rows(self.labels, zip(numbers, labels, strict=True), durable=False)
+
+    def finish(self, skipped: list[str]) -> None:
+        files = []
+        with progress(total=len(self.shards), desc="checksums", unit="shard") as bar:
+            for shard in self.shards:
+                files.append({"file": shard.path.name, "records": shard.records, "sha256": file_sha256(shard.path)})
+                bar.update()
+        found = {
+            "images": self.contents.records - len(self.absent()),
+            "skipped": skipped,
+            "shards": files,
+            "labels": {"file": LABELS, "sha256": file_sha256(self.labels)},
+        }
+        write_manifest(self.folder / MANIFEST, LAYOUT | self.contents.to_dict() | found)
+
+
+def _allocate(path: Path, shape: tuple[int, ...], dtype: str, value: int = 0) -> None:
+    """Makes an array file of equal values; zeros take no space until they are written over."""
+    array = np.lib.format.open_memmap(path, mode="w+", dtype=dtype, shape=shape)
+    if value:
+        array[:] = value
+        array.flush()
+
+
+def _write_rows(path: Path, rows, durable: bool) -> None:
+    """Writes rows over those of an array file: byte ranges, which other processes' writes do not touch."""
+    target = np.load(path, mmap_mode="r")
+    with path.open("r+b") as file:
+        for row, values in rows:
+            data = np.asarray(values, target.dtype).tobytes()
+            file.seek(target.offset + row * len(data))
+            file.write(data)
+        file.flush()
+        if durable:
+            os.fdatasync(file.fileno())
+
+
+class PackedReader(RecordReader):
+    """The records of a packed folder, memory-mapped.
+
+    A process maps a shard when it first reads from it and keeps the map, so that it has one open file a shard at most
+    (101 for ImageNet); the pages read are the system's cache, shared by all processes.
+
+    Attributes:
+        labels: int64 [records]; `ABSENT` where there is none.
+
+    Raises:
+        InputError: the manifest or a file is damaged; a file has not the size that the manifest says.
+    """
+
+    def __init__(self, folder: Path):
+        self.folder, self.manifest_path = folder, folder / MANIFEST
+        manifest = read_manifest(self.manifest_path)
+        for name, expected in LAYOUT.items():
+            if manifest.get(name) != expected:
+                raise InputError(
+                    f"{self.manifest_path} has {name} {manifest.get(name)!r}, not {expected!r}: it is not of packed "
+                    "features that this version reads"
+                )
+        self.contents = Contents.from_manifest(manifest, self.manifest_path)
+        self.skipped = skipped_images(manifest, self.manifest_path)
+        self._shards = self._listed_shards(manifest)
+        self._firsts = [shard.first for shard in self._shards]
+        self._maps: dict[int, np.ndarray] = {}
+        for shard in self._shards:
+            self._map(shard.path, self._shape(shard), self.contents.dtype)
+        self._labels_path, self._labels_sha256 = self._listed_file(manifest.get("labels"))
+        self.labels = np.array(self._map(self._labels_path, (self.contents.records,), "int64"))
+
+    def read(self, number: int, view: int) -> np.ndarray:
+        """One view of a record, [C, H, W].
+
+        Raises:
+            InputError: it holds values that are not finite.
+        """
+        k = bisect.bisect_right(self._firsts, number) - 1
+        shard = self._shards[k]
+        if k not in self._maps:
+            self._maps[k] = self._map(shard.path, self._shape(shard), self.contents.dtype)
+        values = self._maps[k][number - shard.first, view]
+        if not np.isfinite(values).all():
+            raise InputError(
+                f"record {number - shard.first} of {shard.path} holds values that are not finite; extract it again"
+            )
+        return values
+
+    def __iter__(self) -> Iterator[tuple[int, np.ndarray, int]]:
+        self._verify(self._labels_path, self._labels_sha256)
+        for shard in self._shards:
+            self._verify(shard.path, shard.sha256)
+            for number in range(shard.first, shard.first + shard.records):
+                if self.labels[number] != ABSENT:
+                    views = [self.read(number, view) for view in range(self.contents.views)]
+                    yield number, np.stack(views), int(self.labels[number])
+
+    def _shape(self, shard: _Shard) -> tuple[int, ...]:
+        return shard.records, *self.contents.record_shape
+
+    def _listed_shards(self, manifest: dict[str, Any]) -> list[_Shard]:
+        shards, first = [], 0
+        entries = manifest.get("shards")
+        for entry in entries if isinstance(entries, list) else []:
+            path, sha256 = self._listed_file(entry)
+            if not is_count(entry.get("records")):
+                raise InputError(f"{self.manifest_path} does not say how many records {path.name} holds; it is damaged")
+            shards.append(_Shard(path, first, entry["records"], sha256))
+            first += entry["records"]
+        if first != self.contents.records:
+            raise InputError(
+                f"{self.manifest_path} lists shards of {first} records, not {self.contents.records}; it is damaged"
+            )
+        return shards
+
+    def _listed_file(self, entry: object) -> tuple[Path, str]:
+        """Path and checksum of a file that the manifest lists."""
+        name, sha256 = (entry.get("file"), entry.get("sha256")) if isinstance(entry, dict) else (None, None)
+        if not isinstance(name, str) or not isinstance(sha256, str):
+            raise InputError(f"{self.manifest_path} lists a file without name or checksum; it is damaged")
+        # A path could lead anywhere on the disk.
+        if Path(name).name != name or not name.endswith(".npy"):
+            raise InputError(f"{self.manifest_path} lists the file {name!r}, which is no plain name of an .npy file")
+        return self.folder / name, sha256
+
+    def _map(self, path: Path, shape: tuple[int, ...], dtype: str) -> np.ndarray:
+        try:
+            array = np.load(path, mmap_mode="r", allow_pickle=False)
+            size = path.stat().st_size
+        except FileNotFoundError:
+            raise InputError(f"{path} is missing, which {self.manifest_path} lists") from None
+        except Exception as error:  # a damaged header can make NumPy raise anything
+            reason = " ".join(str(error).split())
+            raise InputError(f"cannot read {path} ({reason}); it is damaged or cut off") from None
+        found = (getattr(array, "shape", None), str(getattr(array, "dtype", None)))
+        if found != (shape, dtype) or size != array.offset + array.nbytes or not array.flags.c_contiguous:
+            raise InputError(
+                f"{path} holds {found[1]} {found[0]} in {size} bytes; {self.manifest_path} says {dtype} {shape}"
+            )
+        return array
+
+    def _verify(self, path: Path, sha256: str) -> None:
+        if file_sha256(path) != sha256:
+            raise InputError(f"{path} is not the file whose checksum {self.manifest_path} has; it is damaged")

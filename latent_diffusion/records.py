@@ -1,0 +1,221 @@
+"""Records of features: what they are, and what every layout that keeps them on disk can do.
+
+A record holds the features of one image, `[V, C, H, W]`: V = 1, or 2 where the mirrored image comes second. Its label
+is a class. Records are numbered as the images they come from; an image that cannot be read leaves its number unused.
+"""
+
+import dataclasses
+import hashlib
+import json
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from .errors import InputError
+from .files import replace_file
+
+LATENTS, MOMENTS = "latents", "moments"
+
+# How images become squares: `latent_diffusion.images.center_crop`.
+CROP = "center, ADM"
+
+_BLOCK = 1 << 22
+
+
+@dataclass(frozen=True)
+class Contents:
+    """What a set of records is; part of its manifest.
+
+    Attributes:
+        content: "latents" (samples of the posterior, scaled: C channels) or "moments" (means and log variances as the
+            VAE gives them, unscaled: 2 C channels).
+        record_shape: (V, C or 2 C, H, W).
+        dtype: "float16" or "float32".
+        records: how many numbers there are, those without a record included.
+        resolution: side of the images in pixels.
+        scaling_factor: what latents of this VAE are multiplied by.
+        vae: name or path of the VAE; None where unknown, as the next three.
+        crop: how images became squares.
+        seed: of the posterior samples; None for moments too.
+        classes: class names by label.
+    """
+
+    content: str
+    record_shape: tuple[int, int, int, int]
+    dtype: str
+    records: int
+    resolution: int
+    scaling_factor: float
+    vae: str | None = None
+    crop: str | None = None
+    seed: int | None = None
+    classes: tuple[str, ...] | None = None
+
+    @property
+    def views(self) -> int:
+        """V: 2 with mirrored images, else 1."""
+        return self.record_shape[0]
+
+    @property
+    def latent_shape(self) -> tuple[int, int, int]:
+        """(C, H, W) of a latent."""
+        channels, height, width = self.record_shape[1:]
+        return channels // 2 if self.content == MOMENTS else channels, height, width
+
+    @property
+    def record_bytes(self) -> int:
+        """Size of a record."""
+        return math.prod(self.record_shape) * np.dtype(self.dtype).itemsize
+
+    def to_dict(self) -> dict[str, Any]:
+        """The values as JSON has them."""
+        return json.loads(json.dumps(dataclasses.asdict(self)))
+
+    @classmethod
+    def from_manifest(cls, values: dict[str, Any], path: Path) -> "Contents":
+        """Takes the values from the manifest that was read from `path`.
+
+        Raises:
+            InputError: a value is missing or cannot be.
+        """
+        for name, is_valid in _VALID.items():
+            if not is_valid(values.get(name)):
+                raise InputError(f"{path} has {values.get(name)!r} for {name!r}, which cannot be; it is damaged")
+        shape, classes = tuple(values["record_shape"]), values["classes"]
+        if values["content"] == MOMENTS and shape[1] % 2:
+            raise InputError(f"{path} has record_shape {list(shape)}: moments have an even number of channels")
+        plain = {name: values[name] for name in _VALID if name not in ("record_shape", "classes")}
+        return cls(record_shape=shape, classes=None if classes is None else tuple(classes), **plain)
+
+
+def is_count(value: object) -> bool:
+    """Whether a value of a JSON file is an integer of at least 1."""
+    return type(value) is int and value >= 1
+
+
+def _is_text(value: object) -> bool:
+    return value is None or isinstance(value, str)
+
+
+_VALID = {
+    "content": lambda value: value in (LATENTS, MOMENTS),
+    "record_shape": lambda value: (
+        isinstance(value, list) and len(value) == 4 and all(map(is_count, value)) and value[0] <= 2
+    ),
+    "dtype": lambda value: value in ("float16", "float32"),
+    "records": is_count,
+    "resolution": is_count,
+    "scaling_factor": lambda value: type(value) in (int, float) and 0 < value < math.inf,
+    "vae": _is_text,
+    "crop": _is_text,
+    "seed": lambda value: value is None or type(value) is int,
+    "classes": lambda value: (
+        value is None or (isinstance(value, list) and all(isinstance(name, str) for name in value))
+    ),
+}
+
+
+class RecordWriter(ABC):
+    """Writes records in any order, from any number of processes; those that are complete survive a crash."""
+
+    def __init__(self, contents: Contents):
+        self.contents = contents
+
+    @abstractmethod
+    def claim(self) -> None:
+        """Prepares the folder; one process calls it before any writes.
+
+        Raises:
+            InputError: the folder holds records with other contents.
+        """
+
+    @abstractmethod
+    def absent(self) -> list[int]:
+        """Numbers of the records that are not there yet."""
+
+    @abstractmethod
+    def write(self, numbers: Sequence[int], records: np.ndarray, labels: Sequence[int]) -> None:
+        """Writes records `[B, V, C, H, W]` under their numbers, with their labels; their type becomes `dtype`."""
+
+    @abstractmethod
+    def finish(self, skipped: list[str]) -> None:
+        """Completes the manifest: counts, the images without a record, checksums. One process calls it at the end."""
+
+
+class RecordReader(ABC):
+    """Reads all records of a folder one after the other.
+
+    Attributes:
+        contents: what they are.
+        skipped: the images without a record, as the manifest lists them.
+    """
+
+    contents: Contents
+    skipped: list[str]
+
+    @abstractmethod
+    def __iter__(self) -> Iterator[tuple[int, np.ndarray, int]]:
+        """Yields number, record `[V, C, H, W]` and label by rising number.
+
+        Raises:
+            InputError: a file is damaged, or is not what the manifest's checksum says.
+        """
+
+
+def read_manifest(path: Path) -> dict[str, Any]:
+    """Reads a manifest; `InputError` if it is no JSON object."""
+    try:
+        values = json.loads(path.read_text())
+    except OSError as error:
+        raise InputError(f"cannot read {path}: {error.strerror}") from None
+    except ValueError:
+        values = None
+    if not isinstance(values, dict):
+        raise InputError(f"{path} is damaged; remove it and the features it describes, and extract them anew")
+    return values
+
+
+def skipped_images(manifest: dict[str, Any], path: Path) -> list[str]:
+    """The images without a record that a manifest lists; `InputError` if it is not complete."""
+    skipped = manifest.get("skipped")
+    if not isinstance(skipped, list) or not all(isinstance(image, str) for image in skipped):
+        raise InputError(f"{path} lists no skipped images: the extraction is not complete; run the same command again")
+    return skipped
+
+
+def write_manifest(path: Path, values: dict[str, Any]) -> None:
+    """Writes a manifest."""
+    replace_file(path, lambda temporary: temporary.write_text(json.dumps(values, indent=2) + "\n"))
+
+
+def claim_manifest(path: Path, values: dict[str, Any]) -> None:
+    """Writes a manifest and its folder, or checks that an earlier run with the same values wrote it.
+
+    Raises:
+        InputError: it is there with other values.
+    """
+    if not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_manifest(path, values)
+        return
+    earlier = read_manifest(path)
+    for name, value in values.items():
+        if earlier.get(name) != value:
+            raise InputError(
+                f"{path} says the features there were made with {name} {earlier.get(name)!r}, not {value!r}; "
+                "choose another --features-path or remove them"
+            )
+
+
+def file_sha256(path: Path) -> str:
+    """SHA-256 of a file, in hexadecimal."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(_BLOCK):
+            digest.update(block)
+    return digest.hexdigest()

@@ -1,0 +1,202 @@
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from latent_diffusion import packed
+from latent_diffusion.errors import InputError
+from latent_diffusion.packed import ABSENT, MANIFEST, PackedReader, PackedWriter, is_packed
+from latent_diffusion.records import Contents
+
+SHAPE = (2, 4, 2, 2)
+
+
+@pytest.fixture(autouse=True)
+def small_shards(monkeypatch):
+    """Three records a shard."""
+    monkeypatch.setattr(packed, "RECORDS_PER_SHARD", 3)
+
+
+def records(count: int) -> np.ndarray:
+    return np.random.default_rng(0).standard_normal((count, *SHAPE)).astype(np.float16)
+
+
+def write(folder: Path, count: int = 8, skipped: tuple[int, ...] = ()) -> np.ndarray:
+    """Records with their number as label, except those skipped; written in two parts that cross shards."""
+    values = records(count)
+    writer = PackedWriter(folder, Contents("moments", SHAPE, "float16", count, 64, 0.5, vae="tiny", classes=("cat",)))
+    writer.claim()
+    for part in (range(5, count), range(5)):
+        kept = [number for number in part if number not in skipped]
+        writer.write(kept, values[kept], kept)
+    assert writer.absent() == list(skipped)
+    writer.finish([f"{number}.png" for number in skipped])
+    return values
+
+
+def change(folder: Path, **values: object) -> None:
+    manifest = json.loads((folder / MANIFEST).read_text())
+    (folder / MANIFEST).write_text(json.dumps(manifest | values))
+
+
+def test_what_was_written_is_read(tmp_path):
+    values = write(tmp_path, skipped=(4,))
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "labels.npy",
+        "manifest.json",
+        *(f"shard-0000{k}.npy" for k in range(3)),
+    ]
+    assert [len(np.load(tmp_path / f"shard-0000{k}.npy")) for k in range(3)] == [3, 3, 2]
+    reader = PackedReader(tmp_path)
+    assert reader.labels.tolist() == [0, 1, 2, 3, ABSENT, 5, 6, 7] and reader.skipped == ["4.png"]
+    for number in (0, 2, 3, 5, 7):
+        for view in (0, 1):
+            np.testing.assert_array_equal(reader.read(number, view), values[number, view])
+    found = list(reader)
+    assert [(number, label) for number, _, label in found] == [(n, n) for n in (0, 1, 2, 3, 5, 6, 7)]
+    np.testing.assert_array_equal(np.stack([record for _, record, _ in found]), np.delete(values, 4, axis=0))
+
+
+def test_the_manifest_counts(tmp_path):
+    write(tmp_path, skipped=(4,))
+    manifest = json.loads((tmp_path / MANIFEST).read_text())
+    assert (manifest["records"], manifest["images"]) == (8, 7)
+    assert [shard["records"] for shard in manifest["shards"]] == [3, 3, 2]
+    assert manifest["layout"] == "packed" and manifest["version"] == 1 and manifest["classes"] == ["cat"]
+
+
+def test_a_shard_is_opened_when_it_is_first_read_and_stays_open(tmp_path):
+    """One open file a process, however often it is read."""
+    write(tmp_path)
+
+    def open_files() -> int:
+        return sum(tmp_path.name in str(path.resolve()) for path in Path("/proc/self/fd").iterdir() if path.exists())
+
+    reader = PackedReader(tmp_path)
+    assert open_files() == 0
+    for _ in range(3):
+        reader.read(0, 0)
+        reader.read(7, 1)
+    assert open_files() == 2
+    (tmp_path / "shard-00000.npy").unlink()
+    reader.read(1, 0)
+
+
+def test_an_unfinished_folder_is_refused(tmp_path):
+    writer = PackedWriter(tmp_path, Contents("latents", SHAPE, "float16", 8, 64, 0.5))
+    writer.claim()
+    assert is_packed(tmp_path)
+    with pytest.raises(InputError, match="not complete"):
+        PackedReader(tmp_path)
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_a_record_that_is_not_finite_is_named_when_read(tmp_path, bad):
+    write(tmp_path)
+    shard = np.load(tmp_path / "shard-00001.npy", mmap_mode="r+")
+    shard[2, 1, 0, 0, 0] = bad
+    shard.flush()
+    reader = PackedReader(tmp_path)
+    reader.read(5, 0)
+    with pytest.raises(InputError, match=r"record 2 of .*shard-00001\.npy holds values that are not finite"):
+        reader.read(5, 1)
+
+
+@pytest.mark.parametrize("name", ["shard-00001.npy", "labels.npy"])
+def test_a_changed_file_is_named_when_all_is_read(tmp_path, name):
+    write(tmp_path)
+    array = np.load(tmp_path / name, mmap_mode="r+")
+    array[0] = 1
+    array.flush()
+    with pytest.raises(InputError, match=f"{name} is not the file whose checksum"):
+        list(PackedReader(tmp_path))
+
+
+@pytest.mark.parametrize("name", ["shard-00002.npy", "labels.npy"])
+@pytest.mark.parametrize("spoil", [lambda data: data[:-1], lambda data: data + b"0", lambda data: data[:20]])
+def test_a_file_of_another_size_is_named(tmp_path, name, spoil):
+    write(tmp_path)
+    (tmp_path / name).write_bytes(spoil((tmp_path / name).read_bytes()))
+    with pytest.raises(InputError, match=name) as error:
+        PackedReader(tmp_path)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("name", ["shard-00002.npy", "labels.npy"])
+def test_a_missing_file_is_named(tmp_path, name):
+    write(tmp_path)
+    (tmp_path / name).unlink()
+    with pytest.raises(InputError, match=f"{name} is missing"):
+        PackedReader(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "array",
+    [
+        np.zeros((2, *SHAPE), np.float32),
+        np.zeros((2, 2, 4, 1, 2), np.float16),
+        np.zeros((2, *SHAPE), np.float16, order="F"),
+        np.array(["text"]),
+    ],
+)
+def test_another_array_in_a_shard_is_named(tmp_path, array):
+    write(tmp_path)
+    np.save(tmp_path / "shard-00002.npy", array)
+    with pytest.raises(InputError, match="shard-00002.npy holds"):
+        PackedReader(tmp_path)
+
+
+class Bomb:
+    def __reduce__(self):
+        return pytest.fail, ("the file was executed",)
+
+
+def test_a_pickled_array_is_refused_and_not_executed(tmp_path):
+    write(tmp_path)
+    np.save(tmp_path / "shard-00002.npy", np.array([Bomb()], dtype=object), allow_pickle=True)
+    with pytest.raises(InputError, match="cannot read .*shard-00002.npy"):
+        PackedReader(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["../elsewhere.npy", "/etc/passwd", "a/b.npy", "..", "", "manifest.json", 3])
+def test_a_file_elsewhere_is_not_opened(tmp_path, name):
+    write(tmp_path)
+    change(tmp_path, labels={"file": name, "sha256": "0"})
+    with pytest.raises(InputError, match="manifest.json lists"):
+        PackedReader(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"layout": "other"}, "has layout 'other'"),
+        ({"version": 2}, "has version 2, not 1"),
+        ({"content": "pixels"}, "'pixels' for 'content'"),
+        ({"record_shape": [2, 4, 2]}, "for 'record_shape'"),
+        ({"record_shape": [3, 4, 2, 2]}, "for 'record_shape'"),
+        ({"record_shape": [2, 5, 2, 2]}, "even number of channels"),
+        ({"record_shape": [2, 4, -2, 2]}, "for 'record_shape'"),
+        ({"dtype": "object"}, "for 'dtype'"),
+        ({"records": 9}, "lists shards of 8 records, not 9"),
+        ({"records": True}, "True for 'records'"),
+        ({"scaling_factor": 0}, "for 'scaling_factor'"),
+        ({"classes": [1]}, "for 'classes'"),
+        ({"skipped": None}, "lists no skipped images"),
+        ({"shards": 3}, "lists shards of 0 records"),
+        ({"shards": ["a"]}, "lists a file without name"),
+        ({"shards": [{"file": "a.npy", "sha256": "0", "records": "3"}]}, "how many records a.npy holds"),
+    ],
+)
+def test_a_manifest_that_cannot_be_is_refused(tmp_path, values, message):
+    write(tmp_path)
+    change(tmp_path, **values)
+    with pytest.raises(InputError, match=message):
+        PackedReader(tmp_path)
+
+
+@pytest.mark.parametrize("text", ["{", "[]", ""])
+def test_a_manifest_that_is_no_manifest_is_named(tmp_path, text):
+    (tmp_path / MANIFEST).write_text(text)
+    with pytest.raises(InputError, match="manifest.json is damaged"):
+        PackedReader(tmp_path)
