@@ -1,6 +1,8 @@
 """Training a DiT with PaddleNLP's Trainer: arguments, the trainer, and what the entry point calls."""
 
+import sys
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Optional
 
 import numpy as np
@@ -16,9 +18,11 @@ from latent_diffusion.trainer import LatentDiffusionTrainer, prepare_output
 from latent_diffusion.training_arguments import SuiteArguments, SuiteTrainingArguments
 from latent_diffusion.vae import decode_latents, load_vae_for_images
 
+from .classes import spread_classes
 from .configuration import DiTConfig
-from .features import FastDiTFeatures
+from .features import open_features
 from .modeling import DiT
+from .pretrained import build_model
 from .sampling import make_sampler, sample_latents
 
 DEFAULT_MODEL = "DiT-XL/2"
@@ -39,6 +43,13 @@ class DiTArguments(SuiteArguments):
     )
     config_file: Optional[str] = field(
         default=None, metadata={"help": f"model configuration (config/*.json); without one, {DEFAULT_MODEL}"}
+    )
+    pretrained_model_name_or_path: Optional[str] = field(
+        default=None,
+        metadata={
+            "help": "start from these weights: a checkpoint folder, an official .pt file, or a pipeline folder of "
+            "ppdiffusers or diffusers"
+        },
     )
     resolution: Optional[int] = field(
         default=None, metadata={"help": "side of the images in pixels; without one the configuration's, or 256"}
@@ -87,13 +98,17 @@ def train(dit_args: DiTArguments, args: DiTTrainingArguments) -> None:
     if not args.do_train:
         raise InputError("nothing to do: give --do_train")
     config = dit_args.model_config()
-    store = FastDiTFeatures(dit_args.feature_path, config, dit_args.use_flip)
+    store = open_features(dit_args.feature_path, config, dit_args.use_flip)
     resume = prepare_output(args)
     logs_images = dit_args.image_logging_steps > 0 and args.should_save and "visualdl" in args.report_to
     draw = _image_drawer(config, dit_args, args.seed) if logs_images else None
 
     set_seed(args.seed)
-    model = DiT(config)
+    pretrained = dit_args.pretrained_model_name_or_path
+    model, notes = build_model(config, pretrained and Path(pretrained), resume)
+    if args.should_save:
+        for note in notes:
+            print(f"note: {note}", file=sys.stderr)
     if dit_args.enable_xformers_memory_efficient_attention:
         model.enable_xformers_memory_efficient_attention()
     ema = EMA(model, dit_args.ema_decay, dit_args.ema_warmup) if dit_args.use_ema else None
@@ -108,7 +123,7 @@ def _image_drawer(config: DiTConfig, dit_args: DiTArguments, seed: int):
     vae = load_vae_for_images(dit_args.vae_name_or_path, config.latent_shape)
     if vae is None:
         return None
-    labels = np.linspace(0, config.num_classes - 1, min(LOGGED_CLASSES, config.num_classes)).astype("int64")
+    labels = spread_classes(config.num_classes, LOGGED_CLASSES)
     sampler = make_sampler("ddim", dit_args.num_inference_steps)
 
     def draw(model: DiT) -> dict[str, np.ndarray]:

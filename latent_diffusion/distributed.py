@@ -11,7 +11,7 @@ from paddle.base import core
 # Seconds between two looks at how many processes have reached a barrier.
 POLL_INTERVAL = 0.1
 
-_barriers = itertools.count()
+_barriers, _texts = itertools.count(), itertools.count()
 
 
 def start() -> tuple[int, int]:
@@ -50,12 +50,15 @@ def _count(store, key: str, world_size: int) -> None:
         time.sleep(POLL_INTERVAL)
 
 
-def from_first(value):
-    """The `value` that the first process has."""
-    values = [value]
-    if paddle.distributed.get_world_size() > 1:
-        paddle.distributed.broadcast_object_list(values, src=0)
-    return values[0]
+def from_first(text: str) -> str:
+    """The `text` that the first process has, however long it takes to come."""
+    if paddle.distributed.get_world_size() == 1:
+        return text
+    store, key = core.create_or_get_global_tcp_store(), f"text {next(_texts)}"
+    if paddle.distributed.get_rank() == 0:
+        store.set(key, text)
+    barrier()
+    return store.get(key).decode()
 
 
 @contextlib.contextmanager

@@ -1,0 +1,88 @@
+"""Numbered experiment folders of the plain training loop: `results/000-DiT-XL-2`.
+
+results/000-DiT-XL-2/
+    arguments.json  log.txt  runs/ (VisualDL)  checkpoint-N/
+"""
+
+import json
+import re
+import sys
+from pathlib import Path
+from typing import Literal
+
+from tqdm import tqdm
+
+from . import checkpoint
+from .errors import InputError
+from .progress import training_line
+
+_NAME = re.compile(r"(\d{3,})-(.+)")
+
+
+def new_experiment(results_dir: Path, name: str) -> Path:
+    """Makes the next numbered folder.
+
+    Raises:
+        InputError: it cannot be made.
+    """
+    try:
+        results_dir.mkdir(parents=True, exist_ok=True)
+        number = max((number for number, _ in _numbered(results_dir)), default=-1) + 1
+        folder = results_dir / f"{number:03d}-{name}"
+        folder.mkdir()
+    except OSError as error:
+        raise InputError(f"cannot make an experiment folder in {results_dir}: {error.strerror}") from None
+    return folder
+
+
+def find_checkpoint(results_dir: Path, name: str, resume: Path | Literal[True]) -> Path:
+    """The checkpoint to resume from.
+
+    Args:
+        results_dir: where the experiments are.
+        name: of the model, as in the names of the folders.
+        resume: a checkpoint folder or an experiment folder; True for the newest experiment of that model.
+
+    Raises:
+        InputError: there is none.
+    """
+    if resume is not True:
+        found = resume if (resume / checkpoint.TRAINER_STATE).is_file() else checkpoint.newest_checkpoint(resume)
+        if found is None:
+            raise InputError(f"--resume {resume} is neither a complete checkpoint folder nor an experiment with one")
+        return found
+    experiments = sorted(_numbered(results_dir), reverse=True) if results_dir.is_dir() else []
+    for _, folder in experiments:
+        found = checkpoint.newest_checkpoint(folder)
+        if found and _NAME.fullmatch(folder.name)[2] == name:
+            return found
+    raise InputError(f"--resume found no experiment of {name} with a checkpoint in {results_dir}")
+
+
+def _numbered(results_dir: Path) -> list[tuple[int, Path]]:
+    matches = ((_NAME.fullmatch(path.name), path) for path in results_dir.iterdir())
+    return [(int(match[1]), path) for match, path in matches if match]
+
+
+class Log:
+    """Lines to the terminal and `log.txt`, curves to VisualDL; for one process of a run."""
+
+    def __init__(self, folder: Path, arguments: dict):
+        # It takes a second to import.
+        from visualdl import LogWriter
+
+        self._file = (folder / "log.txt").open("a", buffering=1)
+        self._curves = LogWriter(str(folder / "runs"))
+        (folder / "arguments.json").write_text(json.dumps(arguments, indent=2, default=str) + "\n")
+
+    def line(self, text: str) -> None:
+        # Above the bar, where there is one.
+        tqdm.write(text)
+        sys.stdout.flush()
+        self._file.write(text + "\n")
+
+    def step(self, step: int, steps: int, values: dict[str, float]) -> None:
+        """Logs the values of one step; `values` has "steps_per_second"."""
+        self.line(training_line(step, steps, values))
+        for name, value in values.items():
+            self._curves.add_scalar(f"train/{name}", value, step)

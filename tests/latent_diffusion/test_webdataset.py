@@ -1,0 +1,54 @@
+import io
+import tarfile
+from pathlib import Path
+
+import pytest
+
+from latent_diffusion.errors import InputError
+from latent_diffusion.webdataset import TarImages
+
+
+def write_tar(path: Path, members: dict[str, bytes]) -> Path:
+    with tarfile.open(path, "w") as tar:
+        for name, data in members.items():
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            tar.addfile(info, io.BytesIO(data))
+    return path
+
+
+def test_images_are_read_by_index(tmp_path):
+    write_tar(tmp_path / "b.tar", {"z.cls": b"7", "z.png": b"third"})
+    members = {"x/0.jpg": b"first", "x/0.cls": b"3\n", "x/0.json": b"{}", "1.JPEG": b"2", "1.cls": b"12"}
+    write_tar(tmp_path / "a.tar", members)
+    images = TarImages(tmp_path)
+    assert len(images) == 3
+    assert [images.read(i) for i in (2, 0, 1)] == [b"third", b"first", b"2"]
+    assert images.labels.tolist() == [3, 12, 7]
+    assert "b.tar" in images.name(2)
+
+
+def test_an_image_without_its_class_is_named(tmp_path):
+    write_tar(tmp_path / "a.tar", {"0.jpg": b"x", "0.cls": b"0", "1.jpg": b"x"})
+    with pytest.raises(InputError, match=r"a\.tar holds the image '1' without its class: 1\.cls is missing"):
+        TarImages(tmp_path)
+
+
+@pytest.mark.parametrize("text", [b"cat", b"-1", b"", b"9" * 40])
+def test_a_class_that_is_no_number_is_named(tmp_path, text):
+    write_tar(tmp_path / "a.tar", {"0.jpg": b"x", "0.cls": text})
+    with pytest.raises(InputError, match=r"0\.cls in .*a\.tar does not hold a class number"):
+        TarImages(tmp_path)
+
+
+def test_a_damaged_shard_is_named(tmp_path):
+    path = write_tar(tmp_path / "a.tar", {"0.jpg": b"x" * 2000, "0.cls": b"0"})
+    path.write_bytes(path.read_bytes()[:900])
+    with pytest.raises(InputError, match=r"cannot read the tar shard .*a\.tar"):
+        TarImages(tmp_path)
+
+
+def test_shards_without_images_are_refused(tmp_path):
+    write_tar(tmp_path / "a.tar", {"0.txt": b"x"})
+    with pytest.raises(InputError, match="hold no images with classes"):
+        TarImages(tmp_path)
