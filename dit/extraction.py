@@ -1,5 +1,6 @@
 """Images to features in either layout, by one process or several; after an interruption it continues."""
 
+import math
 import sys
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
@@ -138,7 +139,8 @@ def extract_features(
             writer.write(kept, records[readable], [labels[i] for i in kept])
             bar.update(len(batch))
 
-    distributed.barrier()
+    # After a restart one process may have hours of work left and another none.
+    distributed.barrier(patience=math.inf)
     if rank > 0:
         return None
     unread = writer.absent()
