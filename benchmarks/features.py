@@ -91,9 +91,8 @@ def measure_loading(folder: Path, image_size: int, count: int) -> None:
     """Samples a second as training reads them: shuffled, with timestep and noise."""
     from dit.configuration import DiTConfig
     from dit.features import open_features
+    from dit.objective import make_objective
     from latent_diffusion.features import TrainingStream
-    from latent_diffusion.objectives import LearnedRangeDDPM
-    from latent_diffusion.schedules import NoiseSchedule
 
     print(
         f"\nloading: features of {count} images, batches of {BATCH_SIZE}; cold: just dropped from the system's cache, "
@@ -104,7 +103,7 @@ def measure_loading(folder: Path, image_size: int, count: int) -> None:
     for layout, writer in writers(folder, image_size, count).items():
         write_random(writer, count)
         store = open_features(folder / layout, config, use_flip=True)
-        stream = TrainingStream(store, LearnedRangeDDPM(NoiseSchedule.linear()), seed=0)
+        stream = TrainingStream(store, make_objective(), seed=0)
         for workers in (0, 2):
             drop_from_cache(folder / layout)
             rates = [load(stream, workers, count) for _ in range(2)]

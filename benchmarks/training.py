@@ -44,6 +44,8 @@ def main() -> None:
     if place == "cpu" and arguments.model is None:
         print(f"on a CPU {model} at {image_size} pixels is taken, not DiT-XL/2 at 256; mixed precision has no effect")
     model, image_size = arguments.model or model, arguments.image_size or image_size
+    if model.endswith(".json"):
+        model = Path(model).absolute()  # it is read from another folder
     batch = arguments.global_batch_size or batch
     print(f"{model}, {image_size} pixels, global batch {batch}, one process on a {place}")
     with scratch() as folder:

@@ -1,4 +1,4 @@
-"""Which classes to sample: numbers, names, or the default ones."""
+"""Class labels: dropped in training; numbers, names or the default ones in sampling."""
 
 import difflib
 from collections.abc import Sequence
@@ -7,9 +7,16 @@ import numpy as np
 
 from latent_diffusion.errors import InputError
 
+from .configuration import DiTConfig
+
 # The ImageNet classes of the official sample: golden retriever, otter, lesser panda, geyser, macaw, valley, balloon,
 # Arctic fox.
 WELL_KNOWN = [207, 360, 387, 974, 88, 979, 417, 279]
+
+
+def draw_label(label: int, config: DiTConfig, rng: np.random.Generator) -> np.int64:
+    """The label, or the null class with probability `class_dropout_prob` (for guidance: arXiv 2207.12598)."""
+    return np.int64(config.num_classes if rng.random() < config.class_dropout_prob else label)
 
 
 def default_labels(num_classes: int) -> list[int]:

@@ -17,7 +17,7 @@ from latent_diffusion.images import list_image_folder, read_image
 from latent_diffusion.packed import MANIFEST, PackedReader, PackedWriter, is_packed
 from latent_diffusion.progress import progress
 from latent_diffusion.records import CROP, LATENTS, MOMENTS, Contents, RecordWriter, claim_manifest
-from latent_diffusion.vae import encode_moments, sample_moments
+from latent_diffusion.vae import check_downsampling, encode_moments, sample_moments
 
 from .configuration import VAE_DOWNSAMPLING
 from .feature_files import FeatureFilesWriter
@@ -115,6 +115,7 @@ def extract_features(
         if value < 1:
             raise InputError(f"the {name} must be at least 1, not {value}")
     paths, labels, classes = list_image_folder(data_path)
+    check_downsampling(vae, settings.vae, VAE_DOWNSAMPLING)
     contents = settings.contents(vae, len(paths), classes)
     rank, world_size = distributed.start()
     if settings.layout == "packed" and is_packed(features_path):

@@ -20,7 +20,6 @@ from latent_diffusion.errors import InputError
 from latent_diffusion.features import list_arrays, read_array
 from latent_diffusion.progress import progress
 from latent_diffusion.records import (
-    CROP,
     LATENTS,
     Contents,
     RecordReader,
@@ -172,7 +171,7 @@ class FeatureFilesReader(RecordReader):
         if first.ndim != 3 or first.dtype.name not in ("float16", "float32"):
             raise InputError(f"{path} holds {first.dtype} {first.shape}, not float16 or float32 latents [C, H, W]")
         shape = (len(self.views), *first.shape)
-        self.contents = Contents(LATENTS, shape, first.dtype.name, len(names), resolution, scaling_factor, crop=CROP)
+        self.contents = Contents(LATENTS, shape, first.dtype.name, len(names), resolution, scaling_factor)
 
     def _latent(self, path: Path) -> np.ndarray:
         latent = read_array(path, self.contents.latent_shape)

@@ -11,9 +11,9 @@ from latent_diffusion.packed import ABSENT, LABELS, MANIFEST, PackedReader, is_p
 from latent_diffusion.records import MOMENTS
 from latent_diffusion.vae import sample_moments
 
+from .classes import draw_label
 from .configuration import DiTConfig
 from .feature_files import check_twins, feature_folders
-from .labels import draw_label
 
 # Opening every file of ImageNet up front would take minutes on a network disk; names are all compared, and this many
 # files, evenly spread, are opened. The others are checked when training reads them.

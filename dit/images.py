@@ -11,8 +11,8 @@ from latent_diffusion.features import FeatureStore
 from latent_diffusion.images import decode_image, list_image_folder
 from latent_diffusion.webdataset import TarImages
 
+from .classes import draw_label
 from .configuration import DiTConfig
-from .labels import draw_label
 
 
 class LabeledImages(Protocol):

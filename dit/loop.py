@@ -20,15 +20,14 @@ from latent_diffusion.errors import InputError
 from latent_diffusion.experiment import Log, find_checkpoint, new_experiment
 from latent_diffusion.features import FeatureStore, StreamBatchSampler, TrainingLoader, TrainingStream
 from latent_diffusion.meter import Meter
-from latent_diffusion.objectives import LearnedRangeDDPM
 from latent_diffusion.optimizers import adamw, constant_with_warmup
-from latent_diffusion.schedules import NoiseSchedule
-from latent_diffusion.vae import encode_latents, load_vae
+from latent_diffusion.vae import check_channels, check_downsampling, encode_latents, load_vae
 
-from .configuration import DiTConfig
+from .configuration import VAE_DOWNSAMPLING, DiTConfig
 from .features import open_features
 from .images import ImageStore
 from .modeling import DiT
+from .objective import make_objective
 from .pretrained import build_model
 
 # What the loss is multiplied by at first in fp16; the scaler then adapts it. The Trainer's default.
@@ -59,7 +58,7 @@ def train(args: Namespace) -> None:
 
     # The data: features, or images and the VAE that encodes them.
     store, vae = open_data(args, model.config)
-    objective = LearnedRangeDDPM(NoiseSchedule.linear())
+    objective = make_objective()
     steps = args.max_steps or math.ceil(len(store) * args.epochs / args.global_batch_size)
 
     # What moves during training, and where it was.
@@ -145,7 +144,10 @@ def open_data(args: Namespace, config: DiTConfig) -> tuple[FeatureStore, paddle.
     """The samples, and the VAE that encodes them where they are images."""
     if args.data_path is None:
         return open_features(args.feature_path, config, args.use_flip), None
-    return ImageStore(args.data_path, config), load_vae(args.vae)
+    store, vae = ImageStore(args.data_path, config), load_vae(args.vae)
+    check_channels(vae, args.vae, config.in_channels)
+    check_downsampling(vae, args.vae, VAE_DOWNSAMPLING)
+    return store, vae
 
 
 def open_folder(args: Namespace, name: str, resumed: Path | None, first: int) -> Path:

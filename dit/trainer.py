@@ -12,8 +12,7 @@ from paddlenlp.trainer import set_seed
 from latent_diffusion.ema import EMA
 from latent_diffusion.errors import InputError
 from latent_diffusion.images import image_grid
-from latent_diffusion.objectives import Denoiser, LearnedRangeDDPM
-from latent_diffusion.schedules import NoiseSchedule
+from latent_diffusion.objectives import Denoiser
 from latent_diffusion.trainer import LatentDiffusionTrainer, prepare_output
 from latent_diffusion.training_arguments import SuiteArguments, SuiteTrainingArguments
 from latent_diffusion.vae import decode_latents, load_vae_for_images
@@ -22,6 +21,7 @@ from .classes import spread_classes
 from .configuration import DiTConfig
 from .features import open_features
 from .modeling import DiT
+from .objective import make_objective
 from .pretrained import build_model
 from .sampling import make_sampler, sample_latents
 
@@ -112,7 +112,7 @@ def train(dit_args: DiTArguments, args: DiTTrainingArguments) -> None:
     if dit_args.enable_xformers_memory_efficient_attention:
         model.enable_xformers_memory_efficient_attention()
     ema = EMA(model, dit_args.ema_decay, dit_args.ema_warmup) if dit_args.use_ema else None
-    trainer = DiTTrainer(model, LearnedRangeDDPM(NoiseSchedule.linear()), store, ema, args)
+    trainer = DiTTrainer(model, make_objective(), store, ema, args)
     if draw:
         trainer.log_images(draw, dit_args.image_logging_steps)
     trainer.train(resume)

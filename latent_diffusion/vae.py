@@ -76,6 +76,12 @@ def check_channels(vae, name: str, channels: int) -> None:
         raise InputError(f"the VAE {name} has {vae.config.latent_channels} latent channels, the model {channels}")
 
 
+def check_downsampling(vae, name: str, factor: int) -> None:
+    """Raises `InputError` unless the VAE called `name` makes latents of 1 / `factor` of the image's side."""
+    if (found := 2 ** (len(vae.config.block_out_channels) - 1)) != factor:
+        raise InputError(f"the VAE {name} makes latents of 1/{found} of the image's side; DiT takes 1/{factor}")
+
+
 def _from_folder(cls, folder: Path):
     try:
         config = json.loads((folder / "config.json").read_text())
@@ -88,6 +94,8 @@ def _from_folder(cls, folder: Path):
     if file is None:
         raise InputError(f"the VAE folder {folder} holds none of {', '.join(names)}")
     try:
+        # Newer diffusers writes it; ppdiffusers knows no VAE without that attention, whose weights would be missing.
+        config.pop("mid_block_add_attention", None)
         vae = cls.from_config(config)
     except Exception as error:  # a wrong value can make its layers raise anything
         raise InputError(f"{folder / 'config.json'} does not describe an AutoencoderKL: {error}") from error

@@ -30,17 +30,18 @@ def parse_arguments() -> argparse.Namespace:
 def main() -> None:
     arguments = parse_arguments()
     print(runtime.start(), flush=True)
-    from dit.conversion import convert_features
+    from dit.feature_conversion import convert_features
 
-    read, written = convert_features(
+    converted = convert_features(
         arguments.source, arguments.target, arguments.layout, arguments.scaling_factor, arguments.global_seed
     )
+    written = converted.written
     views = "2 views each" if written.views == 2 else "1 view each"
     print(
-        f"wrote {arguments.target}: {written.records} images of {written.resolution} pixels, {views}, "
+        f"wrote {arguments.target}: {converted.images} images of {written.resolution} pixels, {views}, "
         f"{written.dtype} {written.content}"
     )
-    if read.content != written.content:
+    if converted.read.content != written.content:
         print(f"note: the files hold one sample of each posterior, drawn by seed {written.seed}; it stays the same")
 
 

@@ -20,6 +20,7 @@ from latent_diffusion.packed import PackedWriter, is_packed
 from latent_diffusion.vae import encode_moments, load_vae, sample_moments
 
 CONFIG = DiTConfig(8, 2, 4, 1, 2, 8, num_classes=2)
+TINY_VAE = Path(__file__).parents[1] / "data" / "vae" / "vae_tiny"
 
 
 @pytest.fixture(scope="module")
@@ -260,3 +261,12 @@ def test_packed_features_are_the_moments_of_images_and_their_mirrors(extract, tm
 def test_counts_below_one_are_refused(images, vae, tmp_path, setting):
     with pytest.raises(InputError, match=f"{setting.split('_')[-1]}.* must be at least 1, not 0"):
         extract_features(images, tmp_path, ExtractionSettings("tiny", 64), vae, **{setting: 0})
+
+
+@pytest.mark.parametrize("layout", ["files", "packed"])
+def test_a_vae_of_another_downsampling_is_refused_before_anything_is_written(tmp_path, images, layout):
+    vae = load_vae(str(TINY_VAE))
+    settings = ExtractionSettings(vae="vae_tiny", resolution=64, layout=layout)
+    with pytest.raises(InputError, match="the VAE vae_tiny makes latents of 1/2 of the image's side; DiT takes 1/8"):
+        extract_features(images, tmp_path / "out", settings, vae)
+    assert not list(tmp_path.iterdir())

@@ -5,7 +5,7 @@ import pytest
 
 from dit import features
 from dit.configuration import DiTConfig
-from dit.conversion import convert_features
+from dit.feature_conversion import convert_features
 from dit.feature_files import feature_folders
 from dit.features import FastDiTFeatures, PackedFeatures, open_features
 from latent_diffusion import packed

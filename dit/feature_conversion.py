@@ -3,7 +3,7 @@
 import itertools
 import os
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -21,9 +21,18 @@ from .feature_files import FeatureFilesReader, FeatureFilesWriter, manifest_path
 BATCH = 256
 
 
+@dataclass(frozen=True)
+class Converted:
+    """What was read, what was written, and of how many images."""
+
+    read: Contents
+    written: Contents
+    images: int
+
+
 def convert_features(
     source: Path, target: Path, layout: str, scaling_factor: float | None = None, seed: int = 0
-) -> tuple[Contents, Contents]:
+) -> Converted:
     """Writes the features of `source` in the other layout; the checksums that `source` has are verified.
 
     Latents are copied bit for bit. Moments become one scaled sample of the posterior for an image and its mirror, drawn
@@ -35,9 +44,6 @@ def convert_features(
         layout: "packed" or "files", the one that `source` is not in.
         scaling_factor: what the latents were multiplied by, where `source` has no manifest that says so.
         seed: of the posterior samples.
-
-    Returns:
-        What was read, and what was written.
 
     Raises:
         InputError: `source` is damaged or in that layout already, or `target` exists; nothing is left of `target` then.
@@ -54,7 +60,8 @@ def convert_features(
     with new_folder(target, marker) as folder:
         writer = (PackedWriter if layout == "packed" else FeatureFilesWriter)(folder, contents)
         writer.claim()
-        with progress(contents.records, "convert", "image") as bar:
+        images = contents.records - len(reader.skipped)
+        with progress(images, "convert", "image") as bar:
             for numbers, records, labels in _batches(reader):
                 if reader.contents.content != contents.content:
                     records = sample_latents(records, numbers, seed, contents.scaling_factor)
@@ -62,7 +69,7 @@ def convert_features(
                 bar.update(len(numbers))
         writer.finish(reader.skipped)
         os.sync()  # all at once: the folder's files are flushed one by one next, which takes much longer
-    return reader.contents, contents
+    return Converted(reader.contents, contents, images)
 
 
 def _sampled(contents: Contents, seed: int) -> Contents:

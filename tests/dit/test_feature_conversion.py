@@ -4,8 +4,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from dit.conversion import convert_features
 from dit.extraction import sample_latents
+from dit.feature_conversion import convert_features
 from dit.feature_files import FeatureFilesWriter, feature_folders
 from latent_diffusion import packed
 from latent_diffusion.errors import InputError
