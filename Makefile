@@ -1,8 +1,9 @@
 # `make demo` trains, exports and samples a small DiT on real digits; `make test` runs the tests. Both install first.
 PYTHON ?= python3
 VENV := .venv
+PEER := .venv-peer
 
-.PHONY: demo test install lint
+.PHONY: demo test install lint peer
 
 demo: $(VENV)/installed
 	$(VENV)/bin/python -m demo
@@ -11,6 +12,9 @@ test: $(VENV)/installed-dev
 	$(VENV)/bin/python -m pytest
 
 install: $(VENV)/installed
+
+# PyTorch and diffusers, for the tests that compare with them: PEER_PYTHON=.venv-peer/bin/python make test
+peer: $(PEER)/installed
 
 lint: $(VENV)/installed-dev
 	$(VENV)/bin/ruff check .
@@ -22,4 +26,9 @@ $(VENV)/installed: requirements.txt requirements/common.txt
 
 $(VENV)/installed-dev: requirements-dev.txt $(VENV)/installed
 	sh scripts/install.sh $(PYTHON) $(VENV) requirements-dev.txt
+	touch $@
+
+$(PEER)/installed: requirements-peer.txt
+	$(PYTHON) -m venv $(PEER)
+	$(PEER)/bin/python -m pip --quiet --disable-pip-version-check install --requirement requirements-peer.txt
 	touch $@
