@@ -104,7 +104,7 @@ class FeatureFilesWriter(RecordWriter):
 class FeatureFilesReader(RecordReader):
     """Reads the fastdit layout, of extraction or of another program.
 
-    Without a manifest, files are numbered in the order of their names, by number where all names are numbers.
+    Without a manifest, files are numbered in their order.
 
     Args:
         folder: holds `imagenet<resolution>_features` and `_labels` of one resolution.
@@ -161,8 +161,6 @@ class FeatureFilesReader(RecordReader):
                 f"{self.manifest} does not exist: say with --scaling-factor what the latents were multiplied by "
                 "(0.18215 for the VAE of Stable Diffusion)"
             )
-        if all(name.removesuffix(".npy").isdecimal() for name in names):
-            names = sorted(names, key=lambda name: int(name.removesuffix(".npy")))
         self.names = dict(enumerate(names))
         path = self.views[0] / names[0]
         first = read_array(path)

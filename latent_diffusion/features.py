@@ -43,18 +43,22 @@ def read_array(path: Path, shape: tuple[int, ...] | None = None) -> np.ndarray:
 
 
 def list_arrays(folder: Path) -> list[str]:
-    """Names of the `.npy` files of a folder, sorted.
+    """Names of the `.npy` files of a folder in order: by number where all names are numbers, else by text.
+
+    So the index of an image is the same in all layouts: extraction numbers the files as it lists the images.
 
     Raises:
         InputError: the folder is missing or holds none.
     """
     try:
-        names = sorted(entry.name for entry in folder.iterdir() if entry.name.endswith(".npy"))
+        names = [entry.name for entry in folder.iterdir() if entry.name.endswith(".npy")]
     except OSError as error:
         raise InputError(f"cannot list the feature folder {folder}: {error.strerror}") from None
     if not names:
         raise InputError(f"the feature folder {folder} holds no .npy file")
-    return names
+    if all(name.removesuffix(".npy").isdecimal() for name in names):
+        return sorted(names, key=lambda name: (int(name.removesuffix(".npy")), name))
+    return sorted(names)
 
 
 class FeatureStore(ABC):

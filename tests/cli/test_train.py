@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from dit.feature_conversion import convert_features
 from latent_diffusion.weights import read_paddle
 
 from .commands import LAUNCH, LOOP, REPOSITORY, Command, run_all
@@ -79,6 +80,7 @@ def runs(root, loop_command, train_command, config_file, feature_path, vae_folde
         vae_folder,
     ]
     yaml += ["--global_batch_size", 2, "--num_workers", 1]
+    convert_features(feature_path, root / "packed", "packed", scaling_factor=1.0)
     on_images = (*EIGHT, *FAST, "--vae", vae_folder, "--max-steps", 2)
     trainer = ("--per_device_train_batch_size", 8, "--learning_rate", "1e-3", "--ema_decay", "0.5", "--seed", 23)
     return run_all(
@@ -87,6 +89,9 @@ def runs(root, loop_command, train_command, config_file, feature_path, vae_folde
             "two": loop_command(root / "two", *EIGHT, *FAST, "--global-seed", 23, "--recompute", processes=2),
             "trainer": train_command(root / "trainer", *trainer, "--save_steps", 2),
             "one": loop_command(root / "one", *EIGHT, *FAST, "--global_seed", 23, "--amp", "bf16"),
+            "packed": loop_command(
+                root / "packed_run", *EIGHT, *FAST, "--global-seed", 23, "--feature-path", root / "packed"
+            ),
             "decayed": loop_command(root / "decayed", *EIGHT, *FAST, "--weight-decay", 0.1, "--warmup-steps", 2),
             "trainer_decayed": train_command(
                 root / "trainer_decayed", *trainer, "--seed", 0, "--weight_decay", 0.1, "--warmup_steps", 2,
@@ -150,6 +155,11 @@ def test_loop_and_trainer_give_the_same_losses_and_weights(runs, root):
         assert len(set(losses)) == 4
         assert losses == runs[trainer].ok().logged("loss")
         assert_same(root / loop / "results/000-tiny/checkpoint-4", root / trainer / "out/checkpoint-4")
+
+
+def test_packed_features_train_as_the_files_they_were_made_of(runs, root):
+    runs["packed"].ok()
+    assert_same(root / "packed_run/results/000-tiny/checkpoint-4", root / "one/results/000-tiny/checkpoint-4")
 
 
 def test_two_processes_with_recompute_log_the_same_losses(runs):

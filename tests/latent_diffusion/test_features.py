@@ -87,6 +87,12 @@ def test_arrays_are_listed_sorted_and_alone(tmp_path):
     assert list_arrays(tmp_path) == ["10.npy", "a.npy", "b.npy"]
 
 
+def test_arrays_named_by_numbers_are_listed_by_number(tmp_path):
+    for name in ("10", "9", "002", "0"):
+        save(tmp_path / f"{name}.npy", np.zeros(1))
+    assert list_arrays(tmp_path) == ["0.npy", "002.npy", "9.npy", "10.npy"]
+
+
 def test_a_folder_without_arrays_is_named(tmp_path):
     with pytest.raises(InputError, match="holds no .npy file"):
         list_arrays(tmp_path)
