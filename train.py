@@ -22,34 +22,44 @@ def parse_arguments() -> argparse.Namespace:
         default=Path("./data/fastdit_imagenet256"),
         help="features of extract_features.py, of either layout",
     )
-    add("--use-flip", action="store_true", help="take mirrored latents half of the time, where there is a file of each")
+    parser.add_switch("--use-flip", help="take mirrored latents half of the time, where there is a file of each")
     add("--data-path", type=Path, help="train on images in place of features: a folder a class, or tar shards")
     add("--vae", "--vae-checkpoint", default="mse", help="mse, ema, a folder or a name on the hub; for images only")
     add("--init-from", "--dit-checkpoint", type=Path, help="start from pretrained weights, of any known format")
     add("--results-dir", "--output-path", type=Path, default=Path("results"), help="where experiments are numbered")
     add(
         "--resume",
-        type=Path,
+        type=_resume,
         nargs="?",
-        const=True,
+        const="true",
         help="continue a checkpoint or experiment folder; without a value, the newest experiment of the model",
     )
     add("--epochs", type=int, default=1400, help="passes over the data, unless --max-steps is given")
     add("--max-steps", type=int, help="optimizer steps in all")
     add("--global-batch-size", type=int, default=256, help="samples of one step, over all processes")
     add("--global-seed", "--seed", type=int, default=0, help="of weights, order, flips, timesteps and noise")
-    add("--lr", "--start-learning-rate", type=float, default=1e-4, help="learning rate of AdamW")
+    add("--lr", type=float, default=1e-4, help="learning rate of AdamW")
     add("--weight-decay", type=float, default=0.0, help="of AdamW")
     add("--warmup-steps", type=int, default=0, help="steps over which the learning rate rises")
     add("--ema-decay", type=float, default=0.9999, help="decay of the averaged weights")
-    parser.add_switch("--recompute", "--use-recompute", help="recompute activations in the backward pass")
-    add("--amp", choices=["off", "fp16", "bf16"], default="off", help="mixed precision (GPU)")
-    add("--num-workers", "--num-parallel-workers", type=int, default=4, help="processes that read data")
-    add("--log-every", "--log-interval", type=int, default=100, help="steps between log lines")
+    parser.add_switch("--recompute", help="recompute activations in the backward pass")
+    add("--amp", type=_amp, choices=["off", "fp16", "bf16"], default="off", help="mixed precision (GPU)")
+    add("--num-workers", type=int, default=4, help="processes that read data")
+    add("--log-every", type=int, default=100, help="steps between log lines")
     add("--ckpt-every", type=int, default=50_000, help="steps between checkpoints")
     add("--device", choices=["cpu", "gpu"], help="default: the GPU where there is one")
     parser.add_switch("--use-parallel", help="of MindONE's command line: insist on several processes")
     return parser.parse_args()
+
+
+def _resume(text: str) -> Path | bool:
+    """A folder, or whether to continue the newest experiment."""
+    return {"true": True, "false": False}.get(text.lower(), Path(text))
+
+
+def _amp(text: str) -> str:
+    # YAML reads a bare "off" as false.
+    return "off" if text.lower() == "false" else text
 
 
 @command

@@ -66,13 +66,19 @@ def train(args: Namespace) -> None:
     schedule = constant_with_warmup(args.lr, args.warmup_steps)
     optimizer = adamw(model, schedule, args.weight_decay)
     scaler = paddle.amp.GradScaler(enable=amp == "fp16", init_loss_scaling=INITIAL_LOSS_SCALE)
-    first = load(resumed, model, ema, optimizer, schedule, scaler) if resumed else 0
+    first = 0
+    if resumed:
+        first, samples = load(resumed, model, ema, optimizer, schedule, scaler)
+        if samples != first * args.global_batch_size:
+            notes.append(checkpoint.OTHER_BATCHES)
+        if first >= steps:
+            notes.append(f"{resumed} is at step {first}: nothing is left to train")
     parallel = paddle.DataParallel(model) if world_size > 1 else model
     model.train()
 
     folder = open_folder(args, name, resumed, first) if rank == 0 else None
     folder = Path(distributed.from_first(str(folder)))
-    log = Log(folder, vars(args)) if rank == 0 else None
+    log = Log(folder, vars(args), first) if rank == 0 else None
     if log:
         parameters = sum(p.size for p in model.parameters() if not p.stop_gradient)
         log.line(
@@ -132,12 +138,12 @@ def check(args: Namespace, world_size: int) -> None:
         )
     if args.use_parallel and world_size == 1:
         raise InputError("--use_parallel needs several processes; start with python -m paddle.distributed.launch")
-    for name in ("epochs", "log_every", "ckpt_every"):
-        if getattr(args, name) < 1:
-            raise InputError(f"--{name.replace('_', '-')} must be at least 1, not {getattr(args, name)}")
-    for name in ("global_seed", "num_workers", "warmup_steps", "max_steps"):
-        if (getattr(args, name) or 0) < 0:
-            raise InputError(f"--{name.replace('_', '-')} must not be negative, but is {getattr(args, name)}")
+    for name in ("epochs", "max_steps", "log_every", "ckpt_every"):
+        if (value := getattr(args, name)) is not None and value < 1:
+            raise InputError(f"--{name.replace('_', '-')} must be at least 1, not {value}")
+    for name in ("global_seed", "num_workers", "warmup_steps", "lr", "weight_decay"):
+        if not 0 <= (value := getattr(args, name)) < math.inf:
+            raise InputError(f"--{name.replace('_', '-')} must not be negative or infinite, but is {value}")
 
 
 def open_data(args: Namespace, config: DiTConfig) -> tuple[FeatureStore, paddle.nn.Layer | None]:
@@ -154,7 +160,7 @@ def open_folder(args: Namespace, name: str, resumed: Path | None, first: int) ->
     """The experiment folder to write: a new one, or the one of the resumed checkpoint."""
     if resumed is None:
         return new_experiment(args.results_dir, name)
-    folder = resumed.parent
+    folder = resumed.parent if resumed.name not in ("", "..") else resumed.resolve().parent
     checkpoint.remove_partial(folder)
     if aside := checkpoint.set_aside(folder, after=first):
         print(f"note: checkpoints of later steps were moved to {aside}", file=sys.stderr)
@@ -174,13 +180,13 @@ def save(folder: Path, model: DiT, ema: EMA, optimizer, schedule, scaler, state:
     (folder / checkpoint.TRAINER_STATE).write_text(json.dumps(state, indent=2) + "\n")
 
 
-def load(folder: Path, model: DiT, ema: EMA, optimizer, schedule, scaler) -> int:
-    """Restores what `save` wrote, and returns the step."""
+def load(folder: Path, model: DiT, ema: EMA, optimizer, schedule, scaler) -> tuple[int, int]:
+    """Restores what `save` wrote; returns the step, and how many samples had been consumed by then."""
     checkpoint.check_config(folder, model.config)
     checkpoint.read_averaged_weights(folder, model, ema)
     checkpoint.load_optimizer(folder / checkpoint.OPTIMIZER, optimizer, model)
     checkpoint.read_schedule(folder, schedule, scaler if scaler.is_enable() else None)
-    return json.loads((folder / checkpoint.TRAINER_STATE).read_text())["global_step"]
+    return checkpoint.read_progress(folder)
 
 
 def not_finite(what: str, step: int, folder: Path) -> InputError:

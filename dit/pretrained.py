@@ -119,15 +119,13 @@ def build_model(config: DiTConfig, pretrained: Path | None, resumed: Path | None
     Args:
         config: the configuration to train.
         pretrained: weights to start from, as `read_pretrained` takes them; None for new ones.
-        resumed: the checkpoint folder whose weights will be set, or None. A run that started from pretrained weights
-            has their timestep convention, whatever `config` says.
+        resumed: the checkpoint folder whose weights will be set, or None. It has its timestep convention, whatever
+            `config` says: that of the weights it started from.
     """
-    if pretrained is None:
-        return DiT(config), []
-    if resumed is None:
-        return fine_tune(config, pretrained)
-    convention = DiTConfig.from_json(resumed / checkpoint.CONFIG).timestep_convention
-    return DiT(dataclasses.replace(config, timestep_convention=convention)), []
+    if resumed is not None:
+        convention = DiTConfig.from_json(resumed / checkpoint.CONFIG).timestep_convention
+        return DiT(dataclasses.replace(config, timestep_convention=convention)), []
+    return (DiT(config), []) if pretrained is None else fine_tune(config, pretrained)
 
 
 def start_from(config: DiTConfig, pretrained: Pretrained) -> tuple[Pretrained, list[str]]:

@@ -8,6 +8,7 @@ A folder of that name is complete: it is written under another name and renamed.
 anything from the files.
 """
 
+import json
 import random
 import re
 import shutil
@@ -26,6 +27,9 @@ from .weights import read_paddle, read_weights, write_paddle
 MODEL, EMA_MODEL, CONFIG = "model_state.pdparams", "ema_state.pdparams", "config.json"
 OPTIMIZER, SCHEDULER, SCALER = "optimizer.pdopt", "scheduler.pdparams", "scaler.pdparams"
 TRAINER_STATE, TRAINING_ARGUMENTS = "trainer_state.json", "training_args.bin"
+
+# Said when a run goes on with batches of another size.
+OTHER_BATCHES = "other samples a step than before: the order of data changes from here on"
 
 _NAME = re.compile(r"checkpoint-(\d+)")
 
@@ -131,6 +135,22 @@ def read_schedule(folder: Path, lr_scheduler, scaler) -> None:
     lr_scheduler.step(lr_scheduler.last_epoch)
     if scaler is not None:
         scaler.load_state_dict(read_paddle(folder / SCALER))
+
+
+def read_progress(folder: Path) -> tuple[int, int]:
+    """The step of a checkpoint, and how many samples had been consumed by then.
+
+    Raises:
+        InputError: the file that says so cannot be read.
+    """
+    path = folder / TRAINER_STATE
+    try:
+        state = json.loads(path.read_text())
+        return int(state["global_step"]), int(state["consumed_samples"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise InputError(
+            f"{path} does not say how far the run had come ({type(error).__name__}: {error}); resume another checkpoint"
+        ) from None
 
 
 def check_config(folder: Path, config) -> None:

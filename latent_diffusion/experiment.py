@@ -1,7 +1,7 @@
 """Numbered experiment folders of the plain training loop: `results/000-DiT-XL-2`.
 
 results/000-DiT-XL-2/
-    arguments.json  log.txt  runs/ (VisualDL)  checkpoint-N/
+    arguments.json  arguments-N.json (of a run resumed at step N)  log.txt  runs/ (VisualDL)  checkpoint-N/
 """
 
 import json
@@ -65,15 +65,22 @@ def _numbered(results_dir: Path) -> list[tuple[int, Path]]:
 
 
 class Log:
-    """Lines to the terminal and `log.txt`, curves to VisualDL; for one process of a run."""
+    """Lines to the terminal and `log.txt`, curves to VisualDL; for one process of a run.
 
-    def __init__(self, folder: Path, arguments: dict):
+    Args:
+        folder: the experiment folder.
+        arguments: the flags, which are kept beside the log.
+        first: the step that the run goes on from; 0 for a new one.
+    """
+
+    def __init__(self, folder: Path, arguments: dict, first: int):
         # It takes a second to import.
         from visualdl import LogWriter
 
         self._file = (folder / "log.txt").open("a", buffering=1)
         self._curves = LogWriter(str(folder / "runs"))
-        (folder / "arguments.json").write_text(json.dumps(arguments, indent=2, default=str) + "\n")
+        name = f"arguments-{first}.json" if first else "arguments.json"
+        (folder / name).write_text(json.dumps(arguments, indent=2, default=str) + "\n")
 
     def line(self, text: str) -> None:
         # Above the bar, where there is one.

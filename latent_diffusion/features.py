@@ -4,7 +4,10 @@ Every random draw of a training sample (order, flip, dropped condition, timestep
 (seed, epoch, index) alone. So a resumed run, another number of processes or of loader workers sees the same samples.
 """
 
+import contextlib
+import ctypes
 import functools
+import signal
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,6 +18,9 @@ from paddle.io.dataloader.collate import default_collate_fn
 
 from .errors import InputError
 from .objectives import Objective
+
+# From Linux's prctl.h.
+PR_SET_PDEATHSIG = 1
 
 
 def read_array(path: Path, shape: tuple[int, ...] | None = None) -> np.ndarray:
@@ -133,7 +139,11 @@ class TrainingLoader(paddle.io.DataLoader):
 
     def __init__(self, stream: paddle.io.Dataset, batch_sampler: StreamBatchSampler, num_workers: int = 0):
         super().__init__(
-            _ErrorsAsSamples(stream), batch_sampler=batch_sampler, collate_fn=_collate, num_workers=num_workers
+            _ErrorsAsSamples(stream),
+            batch_sampler=batch_sampler,
+            collate_fn=_collate,
+            num_workers=num_workers,
+            worker_init_fn=_die_with_parent,
         )
 
     def __iter__(self) -> Iterator[dict[str, paddle.Tensor]]:
@@ -158,6 +168,12 @@ class _ErrorsAsSamples(paddle.io.Dataset):
             return self.stream[position]
         except InputError as error:
             return error
+
+
+def _die_with_parent(worker: int) -> None:
+    """Lets the kernel end a worker with the process that started it: a killed run would leave its workers behind."""
+    with contextlib.suppress(OSError, AttributeError):  # not Linux
+        ctypes.CDLL("libc.so.6").prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 def _collate(samples: list[dict[str, np.ndarray] | InputError]) -> dict[str, np.ndarray]:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import paddle
-from paddlenlp.trainer import PrinterCallback, Trainer, TrainerState
+from paddlenlp.trainer import PrinterCallback, Trainer
 from paddlenlp.trainer import ProgressCallback as PaddleNLPProgressCallback
 from paddlenlp.trainer.integrations import VisualDLCallback
 from paddlenlp.trainer.trainer_utils import ShardingOption
@@ -90,11 +90,11 @@ class LatentDiffusionTrainer(Trainer):
 
     def _check_resumed(self, folder: Path) -> None:
         """Takes over the step of a checkpoint, if it is of the same model."""
-        saved = _saved_state(folder)
         checkpoint.check_config(folder, self.model.config)
-        if saved.consumed_samples != saved.global_step * self._meter.samples_per_step and self.is_world_process_zero():
-            print("note: other samples a step than before: the order of data changes from here on", file=sys.stderr)
-        self._resumed_step = self._saved_step = saved.global_step
+        step, samples = checkpoint.read_progress(folder)
+        if samples != step * self._meter.samples_per_step and self.is_world_process_zero():
+            print(f"note: {checkpoint.OTHER_BATCHES}", file=sys.stderr)
+        self._resumed_step = self._saved_step = step
 
     def _print_plan(self, resume_from_checkpoint: str | Path | None) -> None:
         args = self.args
@@ -224,7 +224,7 @@ def prepare_output(args) -> Path | None:
     if given:
         folder = Path(given)
         if folder.absolute().parent == output_dir.absolute():
-            _set_aside(args, after=_saved_state(folder).global_step)
+            _set_aside(args, after=checkpoint.read_progress(folder)[0])
         return folder
     if args.overwrite_output_dir:
         _set_aside(args, after=-1)
@@ -235,7 +235,3 @@ def prepare_output(args) -> Path | None:
 def _set_aside(args, after: int) -> None:
     if args.should_save and (folder := checkpoint.set_aside(Path(args.output_dir), after)):
         print(f"note: checkpoints of an earlier run were moved to {folder}", file=sys.stderr)
-
-
-def _saved_state(folder: Path) -> TrainerState:
-    return TrainerState.load_from_json(str(folder / checkpoint.TRAINER_STATE))

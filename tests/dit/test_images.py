@@ -2,6 +2,7 @@ import io
 import tarfile
 
 import numpy as np
+import paddle
 import pytest
 from PIL import Image
 
@@ -9,6 +10,7 @@ from dit.configuration import DiTConfig
 from dit.images import ImageStore
 from latent_diffusion.errors import InputError
 from latent_diffusion.images import read_image
+from latent_diffusion.vae import encode_latents, encode_moments, load_vae, sample_moments
 
 CONFIG = DiTConfig(sample_size=8, patch_size=2, in_channels=4, num_layers=1, num_attention_heads=1,
                    attention_head_dim=16, num_classes=2, class_dropout_prob=0.25)  # fmt: skip
@@ -34,6 +36,17 @@ def test_images_are_cropped_mirrored_half_of_the_time_and_labels_dropped(folder)
     assert 30 < dropped < 70 and all(int(sample["labels"]) in (1, 2) for sample in samples)
     noise = np.stack([sample["posterior_noise"] for sample in samples])
     assert noise.shape == (200, 4, 8, 8) and noise.dtype == np.float32 and abs(noise.std() - 1) < 0.02
+
+
+def test_images_are_encoded_to_scaled_samples_of_the_posterior(folder, vae_folder):
+    vae, store = load_vae(str(vae_folder)), ImageStore(folder, CONFIG)
+    sample = store.sample(1, np.random.default_rng(0))
+    batch = {name: paddle.to_tensor(value[None]) for name, value in sample.items()}
+    latents = encode_latents(vae, batch["images"], batch["posterior_noise"])
+    moments = encode_moments(vae, sample["images"][None])
+    expected = sample_moments(moments, sample["posterior_noise"]) * vae.config.scaling_factor
+    np.testing.assert_allclose(latents.numpy(), expected, atol=1e-5)
+    assert expected.std() > 0.1
 
 
 def test_the_same_generator_gives_the_same_sample(folder):

@@ -1,4 +1,8 @@
+import subprocess
+import sys
 import threading
+import time
+from pathlib import Path
 
 import numpy as np
 import paddle
@@ -225,3 +229,40 @@ def test_a_header_that_claims_a_huge_array_is_named(tmp_path):
     path.write_bytes(path.read_bytes().replace(b"(4, 8, 8), }            ", b"(99999999999, 9999), }  "))
     with pytest.raises(InputError, match=r"cannot read the feature file .*a\.npy"):
         read_array(path)
+
+
+# A run that never takes its second batch, so that its workers wait.
+RUN_WITH_WORKERS = """
+import multiprocessing, time
+from latent_diffusion.objectives import LearnedRangeDDPM
+from latent_diffusion.schedules import NoiseSchedule
+from latent_diffusion.features import StreamBatchSampler, TrainingLoader, TrainingStream
+from tests.latent_diffusion.test_features import Numbers
+
+stream = TrainingStream(Numbers(), LearnedRangeDDPM(NoiseSchedule.linear()), 0)
+batches = iter(TrainingLoader(stream, StreamBatchSampler(2, 0, 100), num_workers=2))
+next(batches)
+print(*(child.pid for child in multiprocessing.active_children()), flush=True)
+time.sleep(60)
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self").exists(), reason="needs Linux")
+def test_workers_end_with_a_killed_run():
+    root = Path(__file__).parents[2]
+    run = subprocess.Popen([sys.executable, "-c", RUN_WITH_WORKERS], cwd=root, stdout=subprocess.PIPE, text=True)
+    workers = [int(pid) for pid in run.stdout.readline().split()]
+    assert len(workers) == 2
+    run.kill()
+    run.wait()
+    deadline = time.monotonic() + 10
+    while any(_lives(pid) for pid in workers) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert not any(_lives(pid) for pid in workers)
+
+
+def _lives(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
