@@ -44,8 +44,6 @@ def main() -> None:
     if place == "cpu" and arguments.model is None:
         print(f"on a CPU {model} at {image_size} pixels is taken, not DiT-XL/2 at 256; mixed precision has no effect")
     model, image_size = arguments.model or model, arguments.image_size or image_size
-    if model.endswith(".json"):
-        model = Path(model).absolute()  # it is read from another folder
     batch = arguments.global_batch_size or batch
     print(f"{model}, {image_size} pixels, global batch {batch}, one process on a {place}")
     with scratch() as folder:
@@ -57,7 +55,9 @@ def main() -> None:
             "yes": ("--feature-path", "features"),
             "no": ("--data-path", "images", "--vae", Path(vae).absolute()),
         }
-        flags = ("--model", model, "--image-size", image_size, "--global-batch-size", batch, "--device", place)
+        # The runs are in another folder than this one.
+        named = Path(model).absolute() if model.endswith(".json") else model
+        flags = ("--model", named, "--image-size", image_size, "--global-batch-size", batch, "--device", place)
         flags += ("--max-steps", 2 * arguments.steps, "--log-every", arguments.steps, "--ckpt-every", 10**9)
         flags += ("--num-workers", arguments.num_workers)
         widths = print_head(

@@ -1,7 +1,6 @@
-"""Every command and snippet of the READMEs runs, on a tiny model in a folder that mirrors the repository."""
+"""The READMEs agree, and each command and snippet runs, on a tiny model in a folder that mirrors the repository."""
 
 import dataclasses
-import json
 import re
 import shlex
 from itertools import groupby
@@ -11,14 +10,21 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from .commands import REPOSITORY, TINY, Command, run, run_all
+from dit.configuration import DiTConfig
+from dit.modeling import DiT
+from dit.official import save_official
+
+from .commands import REPOSITORY, TINY, Command, Result, run, run_all
 
 READMES = ("README.md", "README_zh.md")
 
 # Commands that a test cannot run, and why.
-MULTI_NODE = "needs two machines"
 GPU = "installs the GPU build from an index that the user names"
-LAUNCH_8 = "python -m paddle.distributed.launch {} --nproc_per_node 8 train_image_generation_dit_trainer.py --do_train"
+TWO_MACHINES = "needs two machines; tests/cli/test_two_nodes.py runs it on two network namespaces"
+NODE = (
+    "python -m paddle.distributed.launch --master 10.0.0.1:49178 --host 10.0.0.{} --nnodes 2 --nproc_per_node 8 "
+    "--log_dir log_{} train_image_generation_dit_trainer.py --do_train"
+)
 NOT_RUN = {
     "make demo": "takes minutes",
     "make test": "runs this test",
@@ -27,35 +33,79 @@ NOT_RUN = {
     ".venv-gpu/bin/python -m pip install --upgrade pip": GPU,
     '.venv-gpu/bin/python -m pip install -r requirements-gpu.txt --extra-index-url "$PADDLE_WHEEL_INDEX"': GPU,
     "source .venv-gpu/bin/activate": GPU,
-    LAUNCH_8.format("--ips 10.0.0.1,10.0.0.2"): MULTI_NODE,
-    LAUNCH_8.format("--master 10.0.0.1:49178 --nnodes 2"): MULTI_NODE,
+    NODE.format(1, 0): TWO_MACHINES,
+    NODE.format(2, 1): TWO_MACHINES,
     "visualdl --logdir ./image_generation_dit_output_trainer/runs --language en --disable-telemetry": (
         "a server that runs until it is stopped"
     ),
+    "curl -L --create-dirs -o pretrained_models/DiT-XL-2-256x256.pt "
+    "https://dl.fbaipublicfiles.com/DiT/models/DiT-XL-2-256x256.pt": "needs the network",
+    "python benchmarks/scaling.py": "takes half a minute: four runs of the Trainer, two of them with two processes",
 }
 
-# What is added to the others, by script: the last of two equal flags counts.
-TRAIN, EXTRACT, CONVERT = (
-    "train_image_generation_dit_trainer.py",
-    "extract_features.py",
-    "scripts/convert_dit_to_ppdiffusers.py",
-)
+EXTRACT, CONVERT_FEATURES = "extract_features.py", "scripts/convert_features.py"
+TRAIN, LOOP = "train_image_generation_dit_trainer.py", "train.py"
+SAMPLE, SAMPLE_MANY = "sample.py", "sample_ddp.py"
+EXPORT, EXPORT_OFFICIAL = "scripts/convert_dit_to_ppdiffusers.py", "scripts/convert_ppdiffusers_to_dit.py"
+BENCHMARKS = ("benchmarks/training.py", "benchmarks/features.py", "benchmarks/sampling.py")
+
+# What is added to a command, by its script: the last of two equal flags counts.
+FEW_STEPS = ("--num-sampling-steps", "2", "--vae", "vae")
 ADDED = {
-    EXTRACT: ("--image-size", "64", "--vae", "vae"),
+    EXTRACT: ("--vae", "vae"),
+    CONVERT_FEATURES: (),
     TRAIN: ("--config_file", "tiny.json", "--max_steps", "4", "--vae_name_or_path", "vae"),
-    CONVERT: ("--vae_name_or_path", "vae"),
+    LOOP: ("--max-steps", "2", "--global-batch-size", "2", "--num-workers", "1", "--vae", "vae"),
+    SAMPLE: FEW_STEPS,
+    SAMPLE_MANY: (*FEW_STEPS, "--num-fid-samples", "3", "--ckpt", "pretrained_models/DiT-XL-2-256x256.pt"),
+    EXPORT: ("--vae_name_or_path", "vae"),
+    EXPORT_OFFICIAL: (),
+    "benchmarks/training.py": ("--model", "tiny.json", "--image-size", "256", "--global-batch-size", "2")
+    + ("--steps", "1", "--num-workers", "1", "--vae", "vae"),
+    "benchmarks/features.py": ("--image-size", "64", "--images", "2", "--features", "32"),
+    "benchmarks/sampling.py": ("--model", "DiT-S/8", "--image-size", "64", "--num-sampling-steps", "1"),
 }
+# Commands of one stage do not depend on each other.
+STAGES = (
+    {EXTRACT},
+    {CONVERT_FEATURES, TRAIN, LOOP},
+    {SAMPLE, SAMPLE_MANY, EXPORT},
+    {EXPORT_OFFICIAL, *BENCHMARKS},
+)
+# What is added to a command that names a model, itself or in a file; the first that fits.
+TINY_MODELS = {"--num-classes 10 ": "tiny_10.json", " --model ": "tiny.json", " -c ": "tiny.json"}
 # What is changed: processes for two cores, and what only the GPU build of Paddle has.
-PROCESSES = ("--nproc_per_node 8", "--nproc_per_node 2")
+PROCESSES = re.compile("(?<=--nproc_per_node[ =])8")
 GPU_SNIPPET = {"paddle.float16": "paddle.float32", "paddle.device.cuda.max_memory_reserved()": "0"}
 
-# Flags of the launcher, VisualDL and pip.
-FOREIGN_FLAGS = {"--nproc_per_node", "--ips", "--master", "--nnodes", "--logdir", "--language", "--disable-telemetry"}
-FOREIGN_FLAGS |= {"--upgrade", "--extra-index-url", "--help"}
+# What the commands leave behind.
+WRITTEN = (
+    "data/imagenet256_from_files/manifest.json",
+    "data/fastdit_from_packed/imagenet256_features/3.npy",
+    "output/dit_s_4/checkpoint-4",
+    "output/dit_8_processes/checkpoint-4",
+    "output/dit_sharded/checkpoint-4",
+    "results/*-tiny/checkpoint-2",
+    "results/*-tiny/log.txt",
+    "results/*-tiny/runs",
+    "results/*-tiny_10/checkpoint-2",
+    "sample.png",
+    "dogs.png",
+    "samples/*-size-256-vae-vae-cfg-1.5-seed-0/000002.png",
+    "samples/*-size-256-vae-vae-cfg-1.5-seed-0.npz",
+    "DiT_S_4_256/transformer/*.safetensors",
+    "DiT_XL_2_256_diffusers/transformer/diffusion_pytorch_model.safetensors",
+    "DiT-XL-2-256x256.pt",
+)
 
-# Files of facebookresearch/DiT and fast-DiT that the READMEs name.
-FOREIGN_FILES = {"models.py", "sample.py", "train.py"}
-FOLDERS = ("config", "demo", "dit", "docs", "latent_diffusion", "requirements", "scripts", "tests")
+# Flags of the launcher, VisualDL, pip, curl and accelerate, and what argparse makes of `--help` and `--tf32`.
+FOREIGN_FLAGS = {"--nproc_per_node", "--use_env", "--ips", "--master", "--host", "--nnodes", "--log_dir"}
+FOREIGN_FLAGS |= {"--logdir", "--language", "--disable-telemetry", "--upgrade", "--extra-index-url", "--create-dirs"}
+FOREIGN_FLAGS |= {"--mixed_precision", "--help", "--no-tf32"}
+
+# Files of facebookresearch/DiT that the READMEs name.
+FOREIGN_FILES = {"models.py"}
+FOLDERS = ("benchmarks", "config", "demo", "dit", "docs", "latent_diffusion", "requirements", "scripts", "tests")
 
 
 def read(name: str) -> str:
@@ -80,18 +130,44 @@ def script_of(command: str) -> str | None:
     return next((word for word in shlex.split(command) if word in ADDED), None)
 
 
+def stage_of(command: str) -> int:
+    return next(number for number, scripts in enumerate(STAGES) if script_of(command) in scripts)
+
+
+def is_long(command: str) -> bool:
+    """Whether it starts several processes. Such commands go first, so that neither core is idle in the end."""
+    return "paddle.distributed.launch" in command or script_of(command) == "benchmarks/training.py"
+
+
+def tiny(command: str, folder: Path) -> Command:
+    """The command for two processes at most and a tiny model."""
+    interpreter, *words = shlex.split(PROCESSES.sub("2", command))
+    assert interpreter == "python"
+    model = next((("--model", name) for part, name in TINY_MODELS.items() if part in command), ())
+    return Command([*words, *ADDED[script_of(command)], *model], folder)
+
+
 def prose(text: str) -> str:
     return re.sub(r"^```.*?^```$", "", text, flags=re.MULTILINE | re.DOTALL)
 
 
 @pytest.fixture(scope="module")
 def mirror(tmp_path_factory, vae_folder) -> Path:
-    """The code, two classes of images where the README has ImageNet's, a tiny configuration and a VAE."""
+    """The code, and in tiny what the README supposes: two classes of ImageNet, published weights, a run of DiT-L/4."""
     folder = tmp_path_factory.mktemp("mirror")
-    for name in (TRAIN, EXTRACT, *FOLDERS):
+    for name in FOLDERS + tuple(script for script in ADDED if "/" not in script):
         (folder / name).symlink_to(REPOSITORY / name)
     (folder / "vae").symlink_to(vae_folder)
-    (folder / "tiny.json").write_text(json.dumps(TINY | {"num_classes": 1000}))
+    config = DiTConfig.from_dict(TINY | {"sample_size": 32, "patch_size": 4, "num_classes": 1000})
+    config.save(folder / "tiny.json")
+    dataclasses.replace(config, num_classes=10).save(folder / "tiny_10.json")
+    (folder / "pretrained_models").mkdir()
+    (folder / "models").symlink_to("pretrained_models")
+    save_official(DiT(config), folder / "pretrained_models/DiT-XL-2-256x256.pt")
+    at_512 = dataclasses.replace(config, sample_size=64)
+    save_official(DiT(at_512), folder / "pretrained_models/DiT-XL-2-512x512.pt")
+    (folder / "results").mkdir()
+    (folder / "results/000-DiT-L-4").symlink_to("../image_generation_dit_output_trainer")
     rng = np.random.default_rng(0)
     for label in ("n01440764", "n01443537"):
         (folder / "imagenet/train" / label).mkdir(parents=True)
@@ -102,26 +178,32 @@ def mirror(tmp_path_factory, vae_folder) -> Path:
 
 
 @pytest.fixture(scope="module")
-def after_commands(mirror) -> Path:
-    """The mirror after every command that can be run; commands of one script do not depend on each other."""
+def results(mirror) -> dict[str, Result]:
+    """Every command that can be run, in the order of the README."""
     runnable = [command for command in readme_commands() if command not in NOT_RUN]
-    for script, group in groupby(runnable, key=script_of):
-        stage = {}
-        for command in group:
-            interpreter, *words = shlex.split(command.replace(*PROCESSES))
-            assert interpreter == "python" and script, f"neither run nor listed in NOT_RUN: {command}"
-            stage[command] = Command([*words, *ADDED[script]], mirror)
-        for command, result in run_all(stage).items():
+    results = {}
+    for _, stage in groupby(runnable, key=stage_of):
+        long_first = sorted(stage, key=is_long, reverse=True)
+        results |= run_all({command: tiny(command, mirror) for command in long_first})
+        for command, result in results.items():
             assert result.code == 0, f"{command}\n{result.out}\n{result.err}"
+    return results
+
+
+@pytest.fixture(scope="module")
+def after_commands(mirror, results) -> Path:
+    """The mirror after the commands."""
     return mirror
 
 
 def test_the_readmes_have_the_same_commands_and_sections():
     english, chinese = (read(name) for name in READMES)
     assert blocks_that_run(english) == blocks_that_run(chinese)
-    assert [sorted(code) for code in code_by_section(english)] == [sorted(code) for code in code_by_section(chinese)]
+    assert code_by_section(english) == code_by_section(chinese)
+    assert rows_by_section(english) == rows_by_section(chinese)
     for text in (english, chinese):
-        assert re.search(r"^<!-- demo-table -->\n(.*\n)*?<!-- /demo-table -->$", text, re.MULTILINE)
+        for name in ("demo-table", "benchmark-tables"):
+            assert re.search(rf"^<!-- {name} -->\n(.*\n)*?<!-- /{name} -->$", text, re.MULTILINE)
         assert {language for language, _ in blocks(text)} <= {"bash", "python", "text"}
 
 
@@ -129,10 +211,19 @@ def blocks_that_run(text: str) -> list[tuple[str, str]]:
     return [block for block in blocks(text) if block[0] != "text"]
 
 
+def sections(text: str) -> list[str]:
+    return re.split(r"^(?=#+ )", prose(text), flags=re.MULTILINE)
+
+
 def code_by_section(text: str) -> list[list[str]]:
     """The level of each heading, and the code between backquotes below it."""
-    sections = re.split(r"^(?=#+ )", prose(text), flags=re.MULTILINE)
-    return [[re.match("#*", section)[0], *re.findall("`([^`\n]+)`", section)] for section in sections]
+    return [[re.match("#*", part)[0], *sorted(re.findall("`([^`\n]+)`", part))] for part in sections(text)]
+
+
+def rows_by_section(text: str) -> list[list[list[str]]]:
+    """The numbers in each row of the tables below each heading."""
+    rows = (re.findall(r"^\|.*", part, re.MULTILINE) for part in sections(text))
+    return [[sorted(re.findall(r"\d+(?:[.,]\d+)*", row)) for row in below] for below in rows]
 
 
 def test_every_command_is_run_or_says_why_not():
@@ -142,21 +233,30 @@ def test_every_command_is_run_or_says_why_not():
 
 
 def test_the_commands_run(after_commands):
-    for path in ("image_generation_dit_output_trainer/checkpoint-4", "output/dit_s_4/checkpoint-4", "DiT_S_4_256/vae"):
-        assert (after_commands / path).is_dir()
+    for pattern in WRITTEN:
+        assert list(after_commands.glob(pattern)), pattern
+
+
+def test_the_benchmarks_print_tables(results):
+    for script in BENCHMARKS:
+        assert re.search(r"^\| -+ .*\|\n\| \w", results[f"python {script}"].out, re.MULTILINE), script
 
 
 def test_the_trees_are_what_is_written(after_commands):
-    trees = {tree.split(maxsplit=1)[0]: tree for tree in snippets("text")}
-    exported = {path.name for path in (after_commands / "DiT_XL_2_256").rglob("*")}
-    assert tree_names(trees["DiT_XL_2_256"]) == exported
-    features = {path.name for path in (after_commands / "data/fastdit_imagenet256").iterdir()}
-    assert tree_names(trees["data/fastdit_imagenet256"]) == {
-        name.replace("imagenet64", "imagenet256") for name in features
+    trees = {tree.split(maxsplit=1)[0]: tree_names(tree) for tree in snippets("text")}
+    trees["image_generation_dit_output_trainer/checkpoint-5000"] -= {"scaler.pdparams"}  # in fp16 only
+    assert trees == {
+        "data/fastdit_imagenet256": names_in(after_commands, "data/fastdit_imagenet256/*"),
+        "data/imagenet256_packed": names_in(after_commands, "data/imagenet256_packed/*"),
+        "image_generation_dit_output_trainer/checkpoint-5000": names_in(
+            after_commands, "image_generation_dit_output_trainer/checkpoint-4/*"
+        ),
+        "DiT_XL_2_256": names_in(after_commands, "DiT_XL_2_256/**/*"),
     }
-    saved = {path.name for path in (after_commands / "image_generation_dit_output_trainer/checkpoint-4").iterdir()}
-    in_fp16_only = {"scaler.pdparams"}
-    assert tree_names(trees["image_generation_dit_output_trainer/checkpoint-5000"]) - in_fp16_only == saved
+
+
+def names_in(folder: Path, pattern: str) -> set[str]:
+    return {path.name for path in folder.glob(pattern)}
 
 
 def tree_names(tree: str) -> set[str]:
@@ -174,7 +274,7 @@ def test_the_snippets_run(after_commands):
     run(Command(["-c", both], after_commands)).ok()
     for name in ("white_shark.png", "class_2.png", "class_7.png"):
         with Image.open(after_commands / name) as image:
-            assert image.size == (64, 64)
+            assert image.size == (256, 256)
 
 
 @pytest.mark.parametrize("name", READMES)
@@ -184,9 +284,14 @@ def test_every_flag_exists(name):
     known = FOREIGN_FLAGS | {
         f"--{field.name}" for cls in (DiTArguments, DiTTrainingArguments) for field in dataclasses.fields(cls)
     }
-    for script in (EXTRACT, CONVERT):
-        known |= set(re.findall(r'"(--[\w-]+)"', read(script)))
-    assert sorted(set(re.findall(r"(?<![\w-])--[a-zA-Z][\w-]*", read(name), re.ASCII)) - known) == []
+    for source in (*ADDED, "dit/sampling_arguments.py", "latent_diffusion/command_line.py"):
+        known |= set(re.findall(r'"(--[\w-]+)"', read(source)))
+    found = set(re.findall(r"(?<![\w-])--[a-zA-Z][\w-]*", read(name), re.ASCII))
+    assert sorted(flag for flag in found if one_spelling(flag) not in map(one_spelling, known)) == []
+
+
+def one_spelling(flag: str) -> str:
+    return flag.replace("_", "-")
 
 
 @pytest.mark.parametrize("name", READMES)
