@@ -128,6 +128,8 @@ def train(args: Namespace) -> None:
             if log:
                 log.line(f"wrote {folder / f'checkpoint-{step}'}")
     bar.close()
+    if log:
+        log.close()
 
 
 def check(args: Namespace, world_size: int) -> None:

@@ -82,6 +82,11 @@ class Log:
         name = f"arguments-{first}.json" if first else "arguments.json"
         (folder / name).write_text(json.dumps(arguments, indent=2, default=str) + "\n")
 
+    def close(self) -> None:
+        """Writes what is still in memory."""
+        self._curves.close()
+        self._file.close()
+
     def line(self, text: str) -> None:
         # Above the bar, where there is one.
         tqdm.write(text)

@@ -82,7 +82,12 @@ class FeatureStore(ABC):
 
     @abstractmethod
     def sample(self, index: int, rng: np.random.Generator) -> dict[str, np.ndarray]:
-        """One sample: "latents" float32 [C, H, W], scaled, and its condition; random choices are drawn from `rng`."""
+        """One sample and its condition; random choices are drawn from `rng`.
+
+        Returns:
+            "latents" float32 [C, H, W], scaled; or, for the trainer to encode, "images" uint8 [H, W, 3] and
+            "posterior_noise" float32 [C, h, w].
+        """
 
 
 class TrainingStream(paddle.io.Dataset):
