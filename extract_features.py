@@ -38,7 +38,7 @@ def parse_arguments() -> argparse.Namespace:
     add("--batch-size", type=int, default=16, help="images encoded at a time")
     add("--num-workers", type=int, default=4, help="threads that decode images ahead of the VAE")
     add("--dtype", choices=["float16", "float32"], help="type of the features; files: float32, packed: float16")
-    add("--use_flip", action="store_true", help="files: also write the latents of the mirrored images")
+    parser.add_switch("--use_flip", help="files: also write the latents of the mirrored images")
     add("--global-seed", "--seed", type=int, default=0, help="files: seed of the posterior samples")
     add(
         "--unreadable",

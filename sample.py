@@ -4,7 +4,7 @@ import argparse
 import time
 from pathlib import Path
 
-from dit.sampling_arguments import add_sampling_arguments, check_sampling_arguments
+from dit.sampling_arguments import add_sampling_arguments, at_least, check_sampling_arguments
 from latent_diffusion import runtime
 from latent_diffusion.command_line import ArgumentParser
 from latent_diffusion.errors import InputError, command
@@ -14,7 +14,7 @@ def parse_arguments() -> argparse.Namespace:
     parser = ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     add_sampling_arguments(parser, vae="mse", cfg_scale=4.0)
     add = parser.add_argument
-    add("--seed", type=int, default=0, help="seed of the noise")
+    add("--seed", type=at_least(0), default=0, help="seed of the noise")
     add("--class-labels", nargs="+", metavar="CLASS", help="numbers or names; without it, eight of the classes")
     add("--id2label", type=Path, help="JSON file of class names by number; ImageNet's when there are 1000 classes")
     add("--output", type=Path, default=Path("sample.png"), help="the picture, a .png file")

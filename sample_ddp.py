@@ -22,7 +22,7 @@ def parse_arguments() -> argparse.Namespace:
     add("--sample-dir", type=Path, default=Path("samples"), help="where the folder of this run is made")
     add("--per-proc-batch-size", type=at_least(1), default=32, help="images that a process samples at a time")
     add("--num-fid-samples", type=at_least(1), default=50_000, help="number of images")
-    add("--global-seed", "--seed", type=int, default=0, help="seed of classes and noise")
+    add("--global-seed", "--seed", type=at_least(0), default=0, help="seed of classes and noise")
     add("--tf32", action=argparse.BooleanOptionalAction, default=True, help="let a GPU multiply in TF32")
     return parser.parse_args()
 

@@ -8,10 +8,10 @@ import paddle
 
 from latent_diffusion.errors import InputError
 from latent_diffusion.files import new_folder
-from latent_diffusion.vae import check_channels, load_vae
+from latent_diffusion.vae import check_channels, check_downsampling, load_vae
 from latent_diffusion.weights import transpose_linear, write_safetensors
 
-from .configuration import DiTConfig
+from .configuration import VAE_DOWNSAMPLING, DiTConfig
 from .modeling import DiT
 from .transformer2d import CONVENTION_KEY, PIPELINE_NULL_CLASS, to_transformer, transformer_arguments
 
@@ -76,6 +76,7 @@ def export_pipeline(
         raise InputError("diffusers has no transformer with the official timestep frequencies; leave out --exact")
     vae = load_vae(vae_name_or_path)
     check_channels(vae, vae_name_or_path, model.config.in_channels)
+    check_downsampling(vae, vae_name_or_path, VAE_DOWNSAMPLING)
     transformer = to_ppdiffusers(model, exact)
     transformer.register_to_config(**{CONVENTION_KEY: model.config.timestep_convention})
     # No variance type: the pipeline hands over the noise alone, and DPM-Solver would cut a learned variance off it.
@@ -127,8 +128,12 @@ def _save_for_diffusers(pipeline, config: DiTConfig, labels: dict, folder: Path)
         file = "scheduler_config.json" if name == "scheduler" else "config.json"
         _write_json(folder / name / file, {"_class_name": cls} | arguments)
     for name in ("transformer", "vae"):
-        weights = transpose_linear(_arrays(getattr(pipeline, name)))
-        write_safetensors(folder / name / "diffusion_pytorch_model.safetensors", weights)
+        write_torch_weights(folder / name / "diffusion_pytorch_model.safetensors", getattr(pipeline, name))
+
+
+def write_torch_weights(path: Path, layer: paddle.nn.Layer) -> None:
+    """Writes the weights of a ppdiffusers network to a safetensors file of diffusers (PyTorch), as float32."""
+    write_safetensors(path, transpose_linear(_arrays(layer)))
 
 
 def _public(config: dict) -> dict:

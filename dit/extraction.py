@@ -12,11 +12,19 @@ import numpy as np
 
 from latent_diffusion import distributed
 from latent_diffusion.errors import InputError
-from latent_diffusion.files import publish_folder
+from latent_diffusion.files import preparing_folder, publish_folder
 from latent_diffusion.images import list_image_folder, read_image
 from latent_diffusion.packed import MANIFEST, PackedReader, PackedWriter, is_packed
 from latent_diffusion.progress import progress
-from latent_diffusion.records import CROP, LATENTS, MOMENTS, Contents, RecordWriter, claim_manifest
+from latent_diffusion.records import (
+    CROP,
+    LATENTS,
+    MOMENTS,
+    Contents,
+    RecordWriter,
+    claim_manifest,
+    image_list_sha256,
+)
 from latent_diffusion.vae import check_downsampling, encode_moments, sample_moments
 
 from .configuration import VAE_DOWNSAMPLING
@@ -54,8 +62,8 @@ class ExtractionSettings:
         if self.seed < 0:
             raise InputError(f"the seed must be at least 0, not {self.seed}")
 
-    def contents(self, vae, records: int, classes: list[str]) -> Contents:
-        """What is extracted with the `AutoencoderKL` that the settings name."""
+    def contents(self, vae, images: list[Path], classes: list[str]) -> Contents:
+        """What is extracted of images with the `AutoencoderKL` that the settings name; their paths are relative."""
         packed, side = self.layout == "packed", self.resolution // VAE_DOWNSAMPLING
         channels = vae.config.latent_channels
         views = 2 if packed or self.flip else 1
@@ -63,13 +71,14 @@ class ExtractionSettings:
             content=MOMENTS if packed else LATENTS,
             record_shape=(views, 2 * channels if packed else channels, side, side),
             dtype=self.dtype or LAYOUTS[self.layout],
-            records=records,
+            records=len(images),
             resolution=self.resolution,
             scaling_factor=float(vae.config.scaling_factor),
             vae=self.vae,
             crop=CROP,
             seed=None if packed else self.seed,
             classes=tuple(classes),
+            image_list_sha256=image_list_sha256(images),
         )
 
 
@@ -93,7 +102,7 @@ def extract_features(
 ) -> Extracted | None:
     """Writes the features of every image of an image folder; the processes of a launched run share the batches.
 
-    Batches of one size always hold the same images, in the order of their sorted paths, and the noise of image i
+    Batches of one size always hold the same images, in the order of `list_image_folder`, and the noise of image i
     depends on (seed, i) alone. So a restarted extraction, or one by another number of processes, gives the same files.
     Packed features are in `<features_path>.partial` until they are complete.
 
@@ -109,20 +118,23 @@ def extract_features(
         The result on rank 0, None on others.
 
     Raises:
-        InputError: an image is unreadable, or the folder holds features made with other settings.
+        InputError: an image is unreadable, or the folder cannot be written or holds features of other images or made
+            with other settings.
     """
     for name, value in (("batch size", batch_size), ("number of workers", num_workers)):
         if value < 1:
             raise InputError(f"the {name} must be at least 1, not {value}")
     paths, labels, classes = list_image_folder(data_path)
     check_downsampling(vae, settings.vae, VAE_DOWNSAMPLING)
-    contents = settings.contents(vae, len(paths), classes)
+    names = [path.relative_to(data_path) for path in paths]
+    contents = settings.contents(vae, names, classes)
     rank, world_size = distributed.start()
     if settings.layout == "packed" and is_packed(features_path):
         return _finished(features_path, contents) if rank == 0 else None
     writer = _writer(settings.layout, features_path, contents)
     if rank == 0:
-        writer.claim()
+        with preparing_folder(writer.folder):
+            writer.claim()
     distributed.barrier()
     absent = set(writer.absent())
     distributed.barrier()  # nobody writes before everybody has looked
@@ -147,7 +159,7 @@ def extract_features(
     unread = writer.absent()
     for i in unread:
         images.check_unreadable(i)
-    skipped = [str(paths[i].relative_to(data_path)) for i in unread]
+    skipped = [str(names[i]) for i in unread]
     writer.finish(skipped)
     if settings.layout == "packed":
         publish_folder(writer.folder, features_path.absolute())
@@ -171,6 +183,8 @@ def sample_latents(moments: np.ndarray, numbers: Iterable[int], seed: int, scali
 
 def _writer(layout: str, features_path: Path, contents: Contents) -> RecordWriter:
     if layout == "files":
+        if is_packed(features_path):
+            raise InputError(f"{features_path} holds packed features; choose another --features-path")
         return FeatureFilesWriter(features_path, contents)
     if features_path.exists() and (not features_path.is_dir() or any(features_path.iterdir())):
         raise InputError(f"{features_path} exists and holds no packed features; choose another --features-path")

@@ -65,6 +65,7 @@ class FeatureFilesWriter(RecordWriter):
 
     def __init__(self, folder: Path, contents: Contents):
         super().__init__(contents)
+        self.folder = folder
         latents, self.labels, flipped = feature_folders(folder, contents.resolution)
         self.views = [latents, flipped][: contents.views]
         self.manifest = manifest_path(folder, contents.resolution)

@@ -9,8 +9,9 @@ from typing import Any
 import numpy as np
 import paddle
 
-from latent_diffusion.vae import check_channels, decode_latents, load_vae
+from latent_diffusion.vae import check_channels, check_downsampling, decode_latents, load_vae
 
+from .configuration import VAE_DOWNSAMPLING
 from .modeling import DiT
 from .pretrained import load_dit
 from .sampling import Sampler, make_sampler, sample_latents
@@ -49,7 +50,7 @@ class ImageSampler:
             on_step: called after each step.
 
         Raises:
-            InputError: a label is out of range.
+            InputError: a label is out of range, or the images are not finite.
         """
         with paddle.amp.auto_cast(enable=self.amp_dtype is not None, dtype=self.amp_dtype or "float16"):
             latents = sample_latents(self.model, labels, self.sampler, self.guidance_scale, generators, on_step)
@@ -74,6 +75,7 @@ def load_image_sampler(arguments: argparse.Namespace, device: str) -> ImageSampl
     model = load_dit(source, config_file(arguments), arguments.use_ema)
     check_config(arguments, model.config, source)
     check_channels(vae, arguments.vae, model.config.in_channels)
+    check_downsampling(vae, arguments.vae, VAE_DOWNSAMPLING)
     if arguments.enable_flash_attention:
         model.enable_xformers_memory_efficient_attention()
     return ImageSampler(model, vae, sampler, arguments.cfg_scale, _amp_dtype(device, arguments.dtype))

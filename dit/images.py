@@ -9,7 +9,7 @@ import numpy as np
 from latent_diffusion.errors import InputError
 from latent_diffusion.features import FeatureStore
 from latent_diffusion.images import decode_image, list_image_folder
-from latent_diffusion.webdataset import TarImages
+from latent_diffusion.webdataset import TarImages, list_shards
 
 from .classes import draw_label
 from .configuration import DiTConfig
@@ -51,7 +51,7 @@ class ImageStore(FeatureStore):
     """Images to be encoded by the training process, mirrored half of the time.
 
     Args:
-        data_path: a folder with one folder a class, or with `.tar` shards in WebDataset form.
+        data_path: a folder with one folder a class, or with `.tar` shards in WebDataset form, or one such shard.
         config: the backbone; it implies the resolution, the latent shape, the classes and the label dropout.
 
     Raises:
@@ -60,7 +60,7 @@ class ImageStore(FeatureStore):
 
     def __init__(self, data_path: Path, config: DiTConfig):
         self.config, self.latent_shape = config, config.latent_shape
-        self.images: LabeledImages = TarImages(data_path) if any(data_path.glob("*.tar")) else FolderImages(data_path)
+        self.images: LabeledImages = TarImages(data_path) if list_shards(data_path) else FolderImages(data_path)
         if (largest := int(self.images.labels.max())) >= config.num_classes:
             raise InputError(
                 f"{data_path} has images of class {largest}; the model has classes 0 to {config.num_classes - 1}"

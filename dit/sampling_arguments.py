@@ -4,6 +4,7 @@ Needs no Paddle, so that what is wrong with the flags is said before the framewo
 """
 
 import argparse
+import math
 from collections.abc import Callable
 from pathlib import Path
 
@@ -85,10 +86,13 @@ def add_sampling_arguments(parser: ArgumentParser, vae: str, cfg_scale: float) -
 
 
 def at_least(least: float, number: type[int] | type[float] = int) -> Callable[[str], float]:
-    """For argparse's `type`: takes numbers from `least` on."""
+    """For argparse's `type`: takes finite numbers from `least` on."""
 
     def parse(text: str):
-        if not (value := number(text)) >= least:
+        value = number(text)
+        if value == math.inf:
+            raise argparse.ArgumentTypeError(f"must be finite, not {text}")
+        if not value >= least:
             raise argparse.ArgumentTypeError(f"must be at least {least}, not {text}")
         return value
 
@@ -102,8 +106,8 @@ def check_sampling_arguments(arguments: argparse.Namespace) -> None:
     Raises:
         InputError: weights, configuration or VAE are not there or not what they should be.
     """
-    if arguments.sd_scale_factor is not None and not arguments.sd_scale_factor > 0:
-        raise InputError(f"--sd-scale-factor must be positive, not {arguments.sd_scale_factor}")
+    if arguments.sd_scale_factor is not None and not 0 < arguments.sd_scale_factor < math.inf:
+        raise InputError(f"--sd-scale-factor must be positive and finite, not {arguments.sd_scale_factor}")
     config_file(arguments)
     find_checkpoint(arguments)
     check_vae(arguments.vae)

@@ -1,6 +1,7 @@
 """Files and folders that appear under their final name only when they are complete."""
 
 import contextlib
+import errno
 import os
 import shutil
 import uuid
@@ -26,10 +27,28 @@ def replace_file(path: Path, write: Callable[[Path], object]) -> None:
 
 
 @contextlib.contextmanager
+def preparing_folder(path: Path) -> Iterator[None]:
+    """Around what makes the folder `path` and its first files: says in one sentence that it cannot be done.
+
+    Raises:
+        InputError: the system refuses it, or the folder is there and nothing can be written into it.
+    """
+    try:
+        yield
+        if not os.access(path, os.W_OK):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+    except OSError as error:
+        raise InputError(
+            f"cannot make or write into the folder {path} ({error.strerror}); choose another folder"
+        ) from None
+
+
+@contextlib.contextmanager
 def new_folder(path: Path, marker: str) -> Iterator[Path]:
     """Yields a temporary folder beside `path` to be filled; on success it takes the place of `path`.
 
-    On failure it is removed and `path` is as before.
+    On failure it is removed and `path` is as before. Its name is the same at every try, so that what a killed process
+    leaves is removed by the next one.
 
     Args:
         path: the folder; it may exist if it is empty or an older one of its kind.
@@ -44,7 +63,9 @@ def new_folder(path: Path, marker: str) -> Iterator[Path]:
             f"{path} exists and holds no {marker}: it would be replaced; choose another folder or remove it"
         )
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
+    temporary = path.with_name(f".{path.name}.partial")
+    if temporary.exists():
+        shutil.rmtree(temporary)
     temporary.mkdir()
     try:
         yield temporary
@@ -62,8 +83,9 @@ def publish_folder(temporary: Path, path: Path) -> None:
     for file in temporary.rglob("*"):
         if file.is_file():
             sync(file)
-    replaced = path.with_name(f".{path.name}.{uuid.uuid4().hex}.old")
+    replaced = path.with_name(f".{path.name}.old")
     if path.exists():
+        shutil.rmtree(replaced, ignore_errors=True)  # of a killed run
         path.rename(replaced)
     try:
         temporary.rename(path)

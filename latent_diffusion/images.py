@@ -1,5 +1,6 @@
 """Images in and out: reading and cropping as ADM does, and grids to look at."""
 
+import os
 from pathlib import Path
 from typing import BinaryIO
 
@@ -8,11 +9,14 @@ from PIL import Image, ImageDraw, ImageOps, UnidentifiedImageError
 
 from .errors import InputError
 
-EXTENSIONS = {".png", ".jpg", ".jpeg", ".jpe", ".webp", ".bmp", ".ppm", ".tif", ".tiff"}
+# torchvision's, and .jpe.
+EXTENSIONS = (".jpg", ".jpeg", ".jpe", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
 
 
 def list_image_folder(root: Path) -> tuple[list[Path], list[int], list[str]]:
-    """Images below the class folders of `root`, in the order of torchvision's `ImageFolder`.
+    """Images below the class folders of `root`, in the order of torchvision's `ImageFolder` (`make_dataset`).
+
+    That order is by class, then by folder, then by name; links to folders are followed.
 
     Returns:
         Paths, their class indices, and the class names (folder names, sorted; the index counts them).
@@ -27,7 +31,7 @@ def list_image_folder(root: Path) -> tuple[list[Path], list[int], list[str]]:
         raise InputError(f"the image folder {root} holds no class folders")
     paths, labels = [], []
     for label, name in enumerate(classes):
-        found = sorted(path for path in (root / name).rglob("*") if path.suffix.lower() in EXTENSIONS)
+        found = _images_below(root / name)
         if not found:
             raise InputError(f"the class folder {root / name} holds no images")
         paths += found
@@ -35,11 +39,20 @@ def list_image_folder(root: Path) -> tuple[list[Path], list[int], list[str]]:
     return paths, labels, classes
 
 
+def _images_below(folder: Path) -> list[Path]:
+    return [
+        Path(parent, name)
+        for parent, _, names in sorted(os.walk(folder, followlinks=True))
+        for name in sorted(names)
+        if name.lower().endswith(EXTENSIONS)
+    ]
+
+
 def read_image(path: Path, size: int) -> np.ndarray:
     """Reads an image as RGB, resized and cropped to `size` pixels square: uint8 [H, W, 3].
 
     Raises:
-        InputError: the file cannot be read or is no image.
+        InputError: the file cannot be read, is no image, or has pixels of no known range.
     """
     return decode_image(path, size, str(path))
 
@@ -48,9 +61,21 @@ def decode_image(source: Path | BinaryIO, size: int, name: str) -> np.ndarray:
     """As `read_image`, of a file or an open one; `name` says in an error which image is meant."""
     try:
         with Image.open(source) as image:
-            return center_crop(image.convert("RGB"), size)
-    except (OSError, UnidentifiedImageError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+            return center_crop(_as_rgb(image), size)
+    except UnidentifiedImageError:
+        # Pillow's message names the Python object that was read.
+        raise InputError(f"cannot read the image {name}: it is damaged or of an unknown format") from None
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise InputError(f"cannot read the image {name}: {error}") from None
+
+
+def _as_rgb(image: Image.Image) -> Image.Image:
+    if image.mode in ("I", "F"):
+        raise ValueError(f"its pixels have no known range (mode {image.mode}); save it as a PNG of 8 or 16 bits")
+    if image.mode.startswith("I;16"):
+        # Pillow would cut values off at 255; 65535 = 257 * 255.
+        image = Image.fromarray(np.rint(np.asarray(image) / 257).astype(np.uint8))
+    return image.convert("RGB")
 
 
 def center_crop(image: Image.Image, size: int) -> np.ndarray:

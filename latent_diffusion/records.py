@@ -8,8 +8,9 @@ import dataclasses
 import hashlib
 import json
 import math
+import os
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -43,6 +44,7 @@ class Contents:
         crop: how images became squares.
         seed: of the posterior samples; None for moments too.
         classes: class names by label.
+        image_list_sha256: `image_list_sha256` of the images, by number; None where unknown.
     """
 
     content: str
@@ -55,6 +57,7 @@ class Contents:
     crop: str | None = None
     seed: int | None = None
     classes: tuple[str, ...] | None = None
+    image_list_sha256: str | None = None
 
     @property
     def views(self) -> int:
@@ -86,10 +89,10 @@ class Contents:
         for name, is_valid in _VALID.items():
             if not is_valid(values.get(name)):
                 raise InputError(f"{path} has {values.get(name)!r} for {name!r}, which cannot be; it is damaged")
-        shape, classes = tuple(values["record_shape"]), values["classes"]
+        shape, classes = tuple(values["record_shape"]), values.get("classes")
         if values["content"] == MOMENTS and shape[1] % 2:
             raise InputError(f"{path} has record_shape {list(shape)}: moments have an even number of channels")
-        plain = {name: values[name] for name in _VALID if name not in ("record_shape", "classes")}
+        plain = {name: values.get(name) for name in _VALID if name not in ("record_shape", "classes")}
         return cls(record_shape=shape, classes=None if classes is None else tuple(classes), **plain)
 
 
@@ -117,6 +120,7 @@ _VALID = {
     "classes": lambda value: (
         value is None or (isinstance(value, list) and all(isinstance(name, str) for name in value))
     ),
+    "image_list_sha256": _is_text,
 }
 
 
@@ -210,6 +214,11 @@ def claim_manifest(path: Path, values: dict[str, Any]) -> None:
                 f"{path} says the features there were made with {name} {earlier.get(name)!r}, not {value!r}; "
                 "choose another --features-path or remove them"
             )
+
+
+def image_list_sha256(paths: Iterable[Path]) -> str:
+    """SHA-256, in hexadecimal, of the paths of images below their folder, in their order, each ended by a zero byte."""
+    return hashlib.sha256(b"".join(os.fsencode(path) + b"\0" for path in paths)).hexdigest()
 
 
 def file_sha256(path: Path) -> str:

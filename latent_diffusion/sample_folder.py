@@ -16,7 +16,7 @@ import numpy as np
 from PIL import Image
 
 from .errors import InputError
-from .files import replace_file
+from .files import preparing_folder, replace_file
 
 SETTINGS = "settings.json"
 
@@ -39,11 +39,13 @@ class SampleFolder:
         """Makes the folder, or checks that it was made with the same settings; for one process of a run.
 
         Raises:
-            InputError: it was made with other settings, or holds something else, or images beyond those wanted.
+            InputError: it was made with other settings, or holds something else, or images beyond those wanted, or
+                cannot be written.
         """
-        self._check_settings(settings)
-        for path in self.path.glob(".*.tmp"):
-            path.unlink()  # what an interrupted run was writing
+        with preparing_folder(self.path):
+            self._check_settings(settings)
+            for path in self.path.glob(".*.tmp"):
+                path.unlink()  # what an interrupted run was writing
         wanted = {self._file(index).name for index in range(self.count)}
         if others := sorted({path.name for path in self.path.glob("*.png")} - wanted):
             raise InputError(

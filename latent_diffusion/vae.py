@@ -24,8 +24,8 @@ _SHORT_NAMES = ("mse", "ema")
 
 
 def full_name(name_or_path: str) -> str:
-    """A VAE's name on the hub, for "mse" and "ema" of the official command lines; other names as they are."""
-    return f"stabilityai/sd-vae-ft-{name_or_path}" if name_or_path in _SHORT_NAMES else name_or_path
+    """A VAE's name on the hub, for "mse" and "ema" of the official command lines; other names without a last slash."""
+    return f"stabilityai/sd-vae-ft-{name_or_path}" if name_or_path in _SHORT_NAMES else name_or_path.rstrip("/")
 
 
 def load_vae(name_or_path: str):
@@ -163,10 +163,20 @@ def sample_moments(moments: np.ndarray, noise: np.ndarray) -> np.ndarray:
 
 @paddle.no_grad()
 def decode_latents(vae, latents: paddle.Tensor, batch_size: int = 16) -> np.ndarray:
-    """Decodes scaled latents [B, C, h, w] to images, uint8 [B, H, W, 3], `batch_size` at a time."""
+    """Decodes scaled latents [B, C, h, w] to images, uint8 [B, H, W, 3], `batch_size` at a time.
+
+    Raises:
+        InputError: values that are not finite come out, which would pass for colors.
+    """
     images = []
     for start in range(0, latents.shape[0], batch_size):
         part = latents[start : start + batch_size].astype(vae.dtype) / vae.config.scaling_factor
-        pixels = (vae.decode(part).sample.astype("float32") / 2 + 0.5).clip(0, 1)
+        decoded = vae.decode(part).sample.astype("float32")
+        if not paddle.isfinite(decoded).all():
+            raise InputError(
+                "the samples are not finite: the weights are damaged, or half precision is too coarse for them; try "
+                "other weights, or --dtype fp32"
+            )
+        pixels = (decoded / 2 + 0.5).clip(0, 1)
         images.append((pixels.transpose([0, 2, 3, 1]).numpy() * 255).round().astype("uint8"))
     return np.concatenate(images)

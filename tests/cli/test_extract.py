@@ -15,7 +15,7 @@ from PIL import Image
 from .commands import EXTRACT, LAUNCH, REPOSITORY, Command, run, run_all
 
 CONVERT_FEATURES = str(REPOSITORY / "scripts" / "convert_features.py")
-LAYOUTS = {"files": ("--use_flip",), "packed": ("--layout", "packed")}
+LAYOUTS = {"files": ("--use_flip", "True"), "packed": ("--layout", "packed", "--use_flip", "False")}
 COUNT = 23
 
 
@@ -54,6 +54,7 @@ def results(root, extract):
     skip = ("--unreadable", "skip", "--layout", "packed")
     commands["skipped_2"] = extract("skipped_2", *skip, processes=2, data="spoiled")
     commands["skipped_1"] = extract("skipped_1", *skip, data="spoiled")
+    commands["in a file"] = extract("images/3/13.png")
     commands["stopped"] = extract("stopped", "--layout", "packed", data="spoiled")
     return run_all(commands)
 
@@ -123,6 +124,13 @@ def test_an_unreadable_image_stops_or_is_skipped_by_choice(root, results):
     launched = results["skipped_2"].ok()
     assert "note: 1 images were skipped" in launched.out + launched.err
     assert content(root / "skipped_1") == content(root / "skipped_2")
+
+
+def test_features_in_a_file_end_with_one_line(results):
+    result = results["in a file"]
+    assert result.code == 1 and result.err == (
+        "error: cannot make or write into the folder images/3/13.png (File exists); choose another folder\n"
+    )
 
 
 def test_training_takes_packed_features_and_conversion_gives_them_back(root, results, train_command):

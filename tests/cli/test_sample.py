@@ -48,6 +48,12 @@ BAD = {
         "the class name 'tabby cats' is unknown; similar ones are tabby cat",
     ),
     "contradiction": ((SAMPLE, *OWN, "--image-size", 256), "--image-size 256 contradicts official.pt, which is of 64"),
+    "negative seed": ((SAMPLE, *OWN, "--seed", -1), "argument --seed: must be at least 0, not -1"),
+    "negative seeds": ((SAMPLE_MANY, *OWN, "--global-seed", -1), "must be at least 0, not -1"),
+    "samples in a file": (
+        (SAMPLE_MANY, *OWN, "--num-sampling-steps", 3, "--sample-dir", "model.json"),
+        "cannot make or write into the folder model.json/",
+    ),
     "unknown sampler": ((SAMPLE, *OWN, "--sampler", "euler"), "unknown sampler 'euler'; known are ddpm, ddim"),
 }
 

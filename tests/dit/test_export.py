@@ -12,12 +12,16 @@ import pytest
 from safetensors import safe_open
 
 from dit.configuration import DiTConfig
-from dit.export import IMAGENET_LABELS, export_pipeline, read_labels, to_ppdiffusers
+from dit.export import IMAGENET_LABELS, export_pipeline, read_labels, to_ppdiffusers, write_torch_weights
 from dit.modeling import DiT
 from latent_diffusion.errors import InputError
 from latent_diffusion.vae import load_vae
+from latent_diffusion.weights import read_weights
+
+from ..conftest import DATA
 
 REPOSITORY = Path(__file__).parents[2]
+TINY_VAE = DATA.parent / "vae" / "vae_tiny"
 
 RUN_TRANSFORMER = """
 import sys
@@ -188,6 +192,15 @@ def test_the_vae_survives_the_way_to_diffusers(make_mini_dit, vae_folder, tmp_pa
         np.testing.assert_array_equal(again.state_dict()[name].numpy(), tensor.numpy(), err_msg=name)
 
 
+def test_a_vae_of_diffusers_is_written_as_diffusers_wrote_it(tmp_path):
+    write_torch_weights(tmp_path / "vae.safetensors", load_vae(str(TINY_VAE)))
+    expected = read_weights(TINY_VAE / "diffusion_pytorch_model.safetensors")
+    found = read_weights(tmp_path / "vae.safetensors")
+    assert found.keys() == expected.keys()
+    for name, value in expected.items():
+        np.testing.assert_array_equal(found[name], value, err_msg=name)
+
+
 def test_diffusers_has_no_exact_class(make_mini_dit, vae_folder, tmp_path):
     with pytest.raises(InputError, match="leave out --exact"):
         export_pipeline(make_mini_dit("ema"), str(vae_folder), tmp_path / "out", None, exact=True, library="diffusers")
@@ -242,6 +255,12 @@ def test_a_vae_of_other_channels_is_refused(vae_folder, tmp_path):
     model = DiT(DiTConfig(**TINY | {"in_channels": 3}))
     with pytest.raises(InputError, match="has 4 latent channels, the model 3"):
         export_pipeline(model, str(vae_folder), tmp_path / "out", None)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_vae_of_another_downsampling_is_refused(make_mini_dit, tmp_path):
+    with pytest.raises(InputError, match="vae_tiny makes latents of 1/2 of the image's side; DiT takes 1/8"):
+        export_pipeline(make_mini_dit("ema"), str(TINY_VAE), tmp_path / "out", None)
     assert not (tmp_path / "out").exists()
 
 

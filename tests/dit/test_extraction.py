@@ -20,6 +20,7 @@ from latent_diffusion.packed import PackedWriter, is_packed
 from latent_diffusion.vae import encode_moments, load_vae, sample_moments
 
 CONFIG = DiTConfig(8, 2, 4, 1, 2, 8, num_classes=2)
+WRITES = {"files": "_write", "packed": "_write_rows"}
 TINY_VAE = Path(__file__).parents[1] / "data" / "vae" / "vae_tiny"
 
 
@@ -173,6 +174,46 @@ def test_other_images_on_the_same_folder_are_refused(extract, tmp_path, images):
     shutil.copy(more / "cat/1.png", more / "dog/9.png")
     with pytest.raises(InputError, match="made with records 5, not 6"):
         extract(tmp_path / "features", data=more)
+
+
+@pytest.mark.parametrize("layout", ["files", "packed"])
+@pytest.mark.parametrize("finished", [True, False])
+def test_a_renamed_image_on_the_same_folder_is_refused(extract, tmp_path, monkeypatch, images, layout, finished):
+    """The numbers of images and classes stay, but images would get the features of others."""
+    with monkeypatch.context() as patch:
+        if not finished:
+            interrupt_after(patch, packed if layout == "packed" else feature_files, WRITES[layout], 3)
+        with contextlib.suppress(KeyboardInterrupt):
+            extract(tmp_path / "features", layout=layout)
+    before = content(tmp_path)
+    renamed = shutil.copytree(images, tmp_path / "images")
+    (renamed / "cat/1.png").rename(renamed / "cat/4.png")
+    with pytest.raises(InputError, match="manifest.json says .* made with image_list_sha256 '.*', not '.*'; choose"):
+        extract(tmp_path / "features", data=renamed, layout=layout)
+    shutil.rmtree(renamed)
+    assert content(tmp_path) == before
+
+
+def test_images_may_move_with_their_folder(extract, tmp_path, images):
+    extract(tmp_path / "features")
+    assert extract(tmp_path / "features", data=shutil.copytree(images, tmp_path / "images")) == 0
+
+
+def test_files_do_not_join_packed_features(extract, tmp_path):
+    extract(tmp_path / "features", layout="packed")
+    before = content(tmp_path)
+    with pytest.raises(InputError, match="features holds packed features; choose another --features-path"):
+        extract(tmp_path / "features")
+    assert content(tmp_path) == before
+
+
+@pytest.mark.parametrize("layout", ["files", "packed"])
+@pytest.mark.parametrize("target", ["file.txt", "file.txt/deep"])
+def test_a_folder_that_cannot_be_written_is_named(extract, tmp_path, layout, target):
+    (tmp_path / "file.txt").touch()
+    with pytest.raises(InputError, match=f"{target}.* choose another"):
+        extract(tmp_path / target, layout=layout)
+    assert content(tmp_path) == {"file.txt": b""}
 
 
 def test_a_damaged_manifest_is_named(extract, tmp_path):

@@ -23,7 +23,7 @@ def extracted(folder: Path, writer_class, content="latents", views=2, dtype="flo
     """A folder of twelve images with everything extraction writes."""
     channels = 4 if content == "latents" else 8
     shape = (views, channels, 8, 8)
-    contents = Contents(content, shape, dtype, 12, 64, 0.5, "tiny", "center, ADM", 3, ("cat", "dog"))
+    contents = Contents(content, shape, dtype, 12, 64, 0.5, "tiny", "center, ADM", 3, ("cat", "dog"), "a1b2")
     records = np.random.default_rng(0).standard_normal((12, *shape)).astype(dtype)
     kept = [number for number in range(12) if number not in skipped]
     writer = writer_class(folder, contents)
@@ -66,7 +66,8 @@ def test_files_of_another_program_come_back(tmp_path, flip):
     convert_features(tmp_path / "files", tmp_path / "packed", "packed", scaling_factor=0.18215)
     convert_features(tmp_path / "packed", tmp_path / "back", "files")
     back = content(tmp_path / "back")
-    assert json.loads(back.pop("imagenet64_manifest.json"))["scaling_factor"] == 0.18215
+    manifest = json.loads(back.pop("imagenet64_manifest.json"))
+    assert manifest["scaling_factor"] == 0.18215 and manifest["image_list_sha256"] is None
     assert back == content(tmp_path / "files")
 
 
@@ -89,6 +90,7 @@ def test_moments_become_samples_by_seed_and_number(tmp_path):
             np.testing.assert_array_equal(found, expected[number, view][None])
     manifest = json.loads((tmp_path / "files/imagenet64_manifest.json").read_text())
     assert manifest["seed"] == 7 and manifest["content"] == "latents" and manifest["vae"] == "tiny"
+    assert manifest["image_list_sha256"] == "a1b2"
 
 
 @pytest.mark.parametrize("layout", ["files", "packed"])

@@ -66,6 +66,11 @@ def test_a_vae_of_other_channels_is_refused(load, monkeypatch):
         load()
 
 
+def test_a_vae_of_another_downsampling_is_refused(load):
+    with pytest.raises(InputError, match="vae_tiny makes latents of 1/2 of the image's side; DiT takes 1/8"):
+        load("--vae", str(DATA.parent / "vae" / "vae_tiny"))
+
+
 class _Vae:
     class config:
         latent_channels = 8

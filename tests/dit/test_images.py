@@ -75,5 +75,6 @@ def test_a_broken_image_in_a_shard_is_named(tmp_path):
             info = tarfile.TarInfo(name)
             info.size = len(data)
             tar.addfile(info, io.BytesIO(data))
-    with pytest.raises(InputError, match=r"cannot read the image .*a\.tar \(the image at byte 512\)"):
-        ImageStore(tmp_path, CONFIG).sample(0, np.random.default_rng(0))
+    for path in (tmp_path, tmp_path / "a.tar"):
+        with pytest.raises(InputError, match=r"cannot read the image .*a\.tar \(the image at byte 512\)"):
+            ImageStore(path, CONFIG).sample(0, np.random.default_rng(0))

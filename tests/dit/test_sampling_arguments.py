@@ -78,6 +78,7 @@ def test_switches_of_mindone_set_the_same_values(flags, sampler, dtype):
     [
         (["--cfg-scale", "0.5"], "must be at least 1, not 0.5"),
         (["--cfg-scale", "nan"], "must be at least 1, not nan"),
+        (["--cfg-scale", "inf"], "must be finite, not inf"),
         (["--guidance_scale", "much"], "invalid float value: 'much'"),
         (["--num-sampling-steps", "0"], "must be at least 1, not 0"),
         (["--device", "ascend"], "invalid choice: 'ascend'"),
@@ -130,9 +131,9 @@ def test_files_of_mindspore_are_refused(weights):
         check_vae("vae.ckpt")
 
 
-@pytest.mark.parametrize("scale", ["0", "-1", "nan"])
+@pytest.mark.parametrize("scale", ["0", "-1", "nan", "inf"])
 def test_a_scale_that_is_not_positive_is_refused(scale):
-    with pytest.raises(InputError, match="--sd-scale-factor must be positive"):
+    with pytest.raises(InputError, match=f"--sd-scale-factor must be positive and finite, not {float(scale)}"):
         check_sampling_arguments(parse("--sd-scale-factor", scale))
 
 

@@ -4,7 +4,7 @@ import pytest
 
 from latent_diffusion import files
 from latent_diffusion.errors import InputError
-from latent_diffusion.files import new_folder, publish_folder, replace_file
+from latent_diffusion.files import new_folder, preparing_folder, publish_folder, replace_file
 
 
 def content(folder: Path) -> dict[str, str]:
@@ -89,6 +89,17 @@ def test_a_failed_folder_leaves_the_old_one(tmp_path, existing):
     assert names(tmp_path) == (["folder"] if existing else [])
 
 
+def test_what_a_killed_run_left_is_removed(tmp_path):
+    target = tmp_path / "folder"
+    for path in (".folder.partial/half/a.txt", ".folder.old/a.txt", "folder/kind.json"):
+        (tmp_path / path).parent.mkdir(parents=True)
+        (tmp_path / path).write_text("old")
+    with new_folder(target, "kind.json") as folder:
+        assert folder == tmp_path / ".folder.partial" and not names(folder)
+        (folder / "kind.json").write_text("new")
+    assert names(tmp_path) == ["folder"] and content(target) == {"kind.json": "new"}
+
+
 def test_a_folder_is_published_under_its_name(tmp_path):
     staging, target = tmp_path / ".staging", tmp_path / "folder"
     for text in ("old", "new"):
@@ -120,7 +131,7 @@ def test_a_failed_rename_puts_the_old_folder_back(tmp_path, monkeypatch):
     rename = Path.rename
 
     def fail_on_new(self, other):
-        if self.suffix == ".tmp":
+        if self.suffix == ".partial":
             raise OSError("disk full")
         return rename(self, other)
 
@@ -140,3 +151,21 @@ def test_what_is_no_older_folder_of_the_kind_is_never_replaced(tmp_path, monkeyp
     with pytest.raises(InputError, match=r"holds no kind\.json"), new_folder(Path(target), "kind.json"):
         pytest.fail("the folder was opened")
     assert content(tmp_path) == before
+
+
+@pytest.mark.parametrize(("target", "reason"), [("file.txt", "File exists"), ("file.txt/deep", "Not a directory")])
+def test_a_folder_that_cannot_be_made_is_named(tmp_path, target, reason):
+    (tmp_path / "file.txt").touch()
+    with (
+        pytest.raises(InputError, match=rf"cannot make or write into the folder .*{target} \({reason}\); choose"),
+        preparing_folder(tmp_path / target),
+    ):
+        (tmp_path / target).mkdir(parents=True, exist_ok=True)
+
+
+def test_a_folder_that_cannot_be_written_is_named(tmp_path, monkeypatch):
+    monkeypatch.setattr(files.os, "access", lambda path, mode: path != tmp_path)  # the tests may run as root
+    with preparing_folder(tmp_path / "other"):
+        pass
+    with pytest.raises(InputError, match="the folder .* \\(Permission denied\\)"), preparing_folder(tmp_path):
+        pass

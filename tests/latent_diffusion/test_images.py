@@ -1,3 +1,4 @@
+import io
 import math
 
 import numpy as np
@@ -5,7 +6,7 @@ import pytest
 from PIL import Image
 
 from latent_diffusion.errors import InputError
-from latent_diffusion.images import center_crop, image_grid, list_image_folder, read_image
+from latent_diffusion.images import center_crop, decode_image, image_grid, list_image_folder, read_image
 
 
 def picture(width: int, height: int) -> Image.Image:
@@ -48,6 +49,25 @@ def test_any_mode_is_read_as_rgb(tmp_path, mode):
     assert read_image(path, 32).shape == (32, 32, 3)
 
 
+@pytest.mark.parametrize(("suffix", "dtype"), [("png", "<u2"), ("tif", "<u2"), ("tif", ">u2")])
+def test_gray_of_16_bits_is_scaled(tmp_path, suffix, dtype):
+    path = tmp_path / f"gray.{suffix}"
+    gray = np.linspace(0, 65535, 32 * 32).reshape(32, 32).astype(dtype)
+    Image.fromarray(gray).save(path)
+    with Image.open(path) as image:
+        assert image.mode == ("I;16B" if dtype == ">u2" else "I;16")
+    found = read_image(path, 32)
+    np.testing.assert_array_equal(found, np.repeat(np.rint(gray / 257)[:, :, None], 3, axis=2))
+
+
+@pytest.mark.parametrize(("dtype", "mode"), [(np.int32, "I"), (np.float32, "F")])
+def test_pixels_of_no_known_range_are_refused(tmp_path, dtype, mode):
+    path = tmp_path / "gray.tif"
+    Image.fromarray(np.ones((32, 32), dtype)).save(path)
+    with pytest.raises(InputError, match=rf"cannot read the image .*gray\.tif: .* range \(mode {mode}\); save it as"):
+        read_image(path, 32)
+
+
 @pytest.mark.parametrize("content", [b"", b"no image", None])
 def test_an_unreadable_image_is_named(tmp_path, content):
     path = tmp_path / "broken.png"
@@ -59,20 +79,38 @@ def test_an_unreadable_image_is_named(tmp_path, content):
         read_image(path, 32)
 
 
+def test_an_open_file_that_is_no_image_is_called_by_its_name():
+    with pytest.raises(InputError) as error:
+        decode_image(io.BytesIO(b"no image"), 32, "shard.tar, image 3")
+    assert str(error.value) == "cannot read the image shard.tar, image 3: it is damaged or of an unknown format"
+
+
 def test_a_missing_image_is_named(tmp_path):
     with pytest.raises(InputError, match=r"cannot read the image .*missing\.png"):
         read_image(tmp_path / "missing.png", 32)
 
 
 def test_a_folder_is_listed_as_torchvision_does(tmp_path):
-    """Classes by sorted name, images by sorted path within, nested folders included; other files are no images."""
-    for name in ("b/2.png", "b/10.JPEG", "b/deep/1.png", "a/z.webp", "a/notes.txt", "stray.png"):
-        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
-        (tmp_path / name).touch()
-    paths, labels, classes = list_image_folder(tmp_path)
+    """Folders in the order of their whole paths, each before those below it; other files are no images."""
+    root = tmp_path / "root"
+    expected = [
+        "a/z.webp",
+        "b/10.JPEG",
+        "b/2.pgm",
+        "b/0deep/1.png",
+        "b/0deep-2/1.png",
+        "b/0deep/x/1.png",
+        "b/link/9.jpe",
+    ]
+    for name in (*expected[-2::-1], "a/notes.txt", "stray.png", "../elsewhere/9.jpe"):
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).touch()
+    (root / "a/folder.png").mkdir()
+    (root / "b/link").symlink_to(tmp_path / "elsewhere")
+    paths, labels, classes = list_image_folder(root)
     assert classes == ["a", "b"]
-    assert [str(path.relative_to(tmp_path)) for path in paths] == ["a/z.webp", "b/10.JPEG", "b/2.png", "b/deep/1.png"]
-    assert labels == [0, 1, 1, 1]
+    assert [str(path.relative_to(root)) for path in paths] == expected
+    assert labels == [0, 1, 1, 1, 1, 1, 1]
 
 
 def test_folder_errors_name_the_folder(tmp_path):

@@ -195,6 +195,15 @@ def test_a_manifest_that_cannot_be_is_refused(tmp_path, values, message):
         PackedReader(tmp_path)
 
 
+@pytest.mark.parametrize("name", ["vae", "crop", "seed", "classes", "image_list_sha256"])
+def test_what_a_manifest_does_not_say_is_unknown(tmp_path, name):
+    write(tmp_path)
+    manifest = json.loads((tmp_path / MANIFEST).read_text())
+    del manifest[name]
+    (tmp_path / MANIFEST).write_text(json.dumps(manifest))
+    assert getattr(PackedReader(tmp_path).contents, name) is None
+
+
 @pytest.mark.parametrize("text", ["{", "[]", ""])
 def test_a_manifest_that_is_no_manifest_is_named(tmp_path, text):
     (tmp_path / MANIFEST).write_text(text)

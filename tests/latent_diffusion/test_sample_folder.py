@@ -110,3 +110,9 @@ def test_waiting_ends_when_the_others_are_done(folder, monkeypatch):
     monkeypatch.setattr(sample_folder.time, "sleep", others_write)
     folder.wait(lambda: looks.append(folder.finished()))
     assert looks == [1, 2, 3]
+
+
+def test_a_folder_that_cannot_be_made_is_named(tmp_path):
+    (tmp_path / "file.txt").touch()
+    with pytest.raises(InputError, match="cannot make or write into the folder .*file.txt/a "):
+        SampleFolder(tmp_path / "file.txt" / "a", 3).prepare(SETTINGS)

@@ -8,7 +8,14 @@ import paddle
 import pytest
 
 from latent_diffusion.errors import InputError
-from latent_diffusion.vae import decode_latents, encode_moments, load_vae, load_vae_for_images, sample_moments
+from latent_diffusion.vae import (
+    decode_latents,
+    encode_moments,
+    full_name,
+    load_vae,
+    load_vae_for_images,
+    sample_moments,
+)
 
 DATA = Path(__file__).parents[1] / "data" / "vae"
 
@@ -80,6 +87,14 @@ def test_decoding_in_parts_changes_nothing(vae_folder):
     assert np.abs(whole.astype(int) - parts).max() <= 1
 
 
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_samples_that_are_not_finite_are_no_images(vae_folder, bad):
+    latents = np.zeros((3, 4, 8, 8), np.float32)
+    latents[2, 0, 0, 0] = bad
+    with pytest.raises(InputError, match="the samples are not finite: .* --dtype fp32"):
+        decode_latents(load_vae(str(vae_folder)), paddle.to_tensor(latents), batch_size=2)
+
+
 @pytest.mark.parametrize("missing", ["config.json", "model_state.pdparams"])
 def test_a_missing_file_is_named(folder, missing):
     (folder / missing).unlink()
@@ -147,3 +162,7 @@ def test_short_names_stand_for_the_published_vaes(monkeypatch, name, full):
     loaded = AutoencoderKL()
     monkeypatch.setattr(AutoencoderKL, "from_pretrained", {full: loaded}.__getitem__)
     assert load_vae(name) is loaded
+
+
+def test_a_folder_has_one_name():
+    assert full_name("vaes/mine/") == full_name("vaes/mine") == "vaes/mine"

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from latent_diffusion.errors import InputError
-from latent_diffusion.webdataset import TarImages
+from latent_diffusion.webdataset import TarImages, list_shards
 
 
 def write_tar(path: Path, members: dict[str, bytes]) -> Path:
@@ -52,3 +52,41 @@ def test_shards_without_images_are_refused(tmp_path):
     write_tar(tmp_path / "a.tar", {"0.txt": b"x"})
     with pytest.raises(InputError, match="hold no images with classes"):
         TarImages(tmp_path)
+
+
+def test_one_shard_is_enough(tmp_path):
+    path = write_tar(tmp_path / "a.tar", {"0.jpg": b"x", "0.cls": b"4"})
+    write_tar(tmp_path / "b.tar", {"0.jpg": b"x", "0.cls": b"5"})
+    assert TarImages(path).labels.tolist() == [4]
+    assert list_shards(tmp_path) == [path, tmp_path / "b.tar"] and list_shards(tmp_path / "none.tar") == []
+
+
+def test_the_key_ends_at_the_first_dot_and_the_kind_follows_the_last(tmp_path):
+    """What WebDataset takes for no member of a sample is passed over."""
+    members = {"x.d/v.1.jpg": b"v", "x.d/v.cls": b"1", "w.jpg": b"w", "w.txt.cls": b"2", "._w.jpg": b"?", "jpg": b"?"}
+    images = TarImages(write_tar(tmp_path / "a.tar", members))
+    assert images.labels.tolist() == [1, 2] and [images.read(i) for i in (0, 1)] == [b"v", b"w"]
+
+
+@pytest.mark.parametrize("second", ["0.png", "0.left.jpg", "0.left.cls"])
+def test_a_second_image_or_class_of_a_sample_is_named(tmp_path, second):
+    path = write_tar(tmp_path / "a.tar", {"0.jpg": b"x", "0.cls": b"0", second: b"1"})
+    with pytest.raises(InputError, match=rf"^{second} in .*a\.tar is the second of its kind"):
+        TarImages(path)
+
+
+def test_a_class_without_an_image_is_named(tmp_path):
+    path = write_tar(tmp_path / "a.tar", {"0.jpg": b"x", "0.cls": b"0", "1.npy": b"x", "1.cls": b"1"})
+    with pytest.raises(InputError, match=r"a\.tar holds the class 1\.cls without an image"):
+        TarImages(path)
+
+
+@pytest.mark.parametrize("kind", [tarfile.LNKTYPE, tarfile.SYMTYPE])
+def test_a_link_is_named(tmp_path, kind):
+    path = write_tar(tmp_path / "a.tar", {"0.jpg": b"x", "0.cls": b"0", "1.cls": b"1"})
+    with tarfile.open(path, "a") as tar:
+        link = tarfile.TarInfo("1.jpg")
+        link.type, link.linkname = kind, "0.jpg"
+        tar.addfile(link)
+    with pytest.raises(InputError, match=r"^1\.jpg in .*a\.tar is a link; pack the files themselves"):
+        TarImages(path)
