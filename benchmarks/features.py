@@ -174,10 +174,14 @@ def print_sizes(image_size: int) -> None:
     packed_image = contents["packed"].record_bytes + label
     packed_files = -(-IMAGENET // RECORDS_PER_SHARD) + 2
     rows = {
-        "files, float32, mirrored": (2 * latent_file + header + label, 2 * on_disk(latent_file) + BLOCK, 3 * IMAGENET),
+        "files, float32, mirrored": (
+            2 * latent_file + header + label,
+            2 * on_disk(latent_file) + BLOCK,
+            3 * IMAGENET + 1,
+        ),
         "packed, float16": (packed_image, packed_image, packed_files),
     }
-    print(f"\nsize, computed: {IMAGENET:,} images; on disk with blocks of {BLOCK} bytes; a manifest is left out")
+    print(f"\nsize, computed: {IMAGENET:,} images; on disk with blocks of {BLOCK} bytes; files with manifests")
     widths = print_head("layout                  ", "bytes an image", "GB ", "GB on disk", "files    ")
     for name, (size, disk, files) in rows.items():
         gigabytes = (f"{IMAGENET * value / 1e9:.1f}" for value in (size, disk))
