@@ -54,8 +54,10 @@ def main() -> None:
     arguments = parse_arguments()
     print(runtime.start(), flush=True)
     from dit.extraction import ExtractionSettings, extract_features
+    from latent_diffusion import device
     from latent_diffusion.vae import full_name, load_vae
 
+    device.select(None)
     settings = ExtractionSettings(
         vae=full_name(arguments.vae),
         resolution=arguments.image_size,
