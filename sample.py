@@ -4,9 +4,9 @@ import argparse
 import time
 from pathlib import Path
 
-from dit.sampling_arguments import add_sampling_arguments, at_least, check_sampling_arguments
+from dit.sampling_arguments import add_sampling_arguments, check_sampling_arguments
 from latent_diffusion import runtime
-from latent_diffusion.command_line import ArgumentParser
+from latent_diffusion.command_line import ArgumentParser, at_least
 from latent_diffusion.errors import InputError, command
 
 

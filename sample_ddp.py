@@ -9,9 +9,9 @@ import os
 from pathlib import Path
 
 from dit.configuration import DiTConfig
-from dit.sampling_arguments import add_sampling_arguments, at_least, check_sampling_arguments, model_name
+from dit.sampling_arguments import add_sampling_arguments, check_sampling_arguments, model_name
 from latent_diffusion import runtime
-from latent_diffusion.command_line import ArgumentParser
+from latent_diffusion.command_line import ArgumentParser, at_least
 from latent_diffusion.errors import command
 
 

@@ -11,7 +11,14 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from benchmarks.measure import print_head, print_row, scratch, write_images  # noqa: E402
+from benchmarks.measure import (  # noqa: E402
+    STABLE_DIFFUSION_CHANNELS,
+    print_head,
+    print_row,
+    random_vae,
+    scratch,
+    write_images,
+)
 from latent_diffusion import runtime  # noqa: E402
 from latent_diffusion.command_line import ArgumentParser  # noqa: E402
 from latent_diffusion.errors import command  # noqa: E402
@@ -22,7 +29,7 @@ IMAGENET, CLASSES = 1_281_167, 1000
 BLOCK = 4096
 
 # Channels of the blocks of the VAE: on a GPU those of Stable Diffusion's.
-VAE_CHANNELS = {"cpu": (8, 8, 8, 8), "gpu": (128, 256, 512, 512)}
+VAE_CHANNELS = {"cpu": (8, 8, 8, 8), "gpu": STABLE_DIFFUSION_CHANNELS}
 BATCH_SIZE = 16
 
 
@@ -56,7 +63,7 @@ def measure_extraction(folder: Path, place: str, image_size: int, count: int) ->
     from dit.extraction import ExtractionSettings, extract_features
 
     write_images(folder / "images", count)
-    vae = random_vae(place, image_size)
+    vae = random_vae(VAE_CHANNELS[place])
     print(f"\nextraction: {count} images, a random VAE of {VAE_CHANNELS[place]} channels, batches of {BATCH_SIZE}")
     if place == "cpu":
         print("(a narrow VAE, taken because this is a CPU; Stable Diffusion's has 128 to 512 channels)")
@@ -67,24 +74,6 @@ def measure_extraction(folder: Path, place: str, image_size: int, count: int) ->
         start = time.perf_counter()
         extract_features(folder / "images", folder / layout, settings, vae, BATCH_SIZE)
         print_row(layout, f"{count / (time.perf_counter() - start):.1f}", widths=widths)
-
-
-def random_vae(place: str, image_size: int):
-    """An `AutoencoderKL` like that of Stable Diffusion, a narrow one on a CPU."""
-    from ppdiffusers.models.autoencoder_kl import AutoencoderKL
-
-    vae = AutoencoderKL(
-        down_block_types=["DownEncoderBlock2D"] * 4,
-        up_block_types=["UpDecoderBlock2D"] * 4,
-        block_out_channels=VAE_CHANNELS[place],
-        layers_per_block=2,
-        norm_num_groups=8,
-        latent_channels=4,
-        sample_size=image_size,
-        scaling_factor=0.18215,
-    )
-    vae.eval()
-    return vae
 
 
 def measure_loading(folder: Path, image_size: int, count: int) -> None:

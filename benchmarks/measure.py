@@ -14,6 +14,9 @@ from latent_diffusion.errors import InputError
 
 ROOT = Path(__file__).resolve().parent.parent
 
+# Of the blocks of `stabilityai/sd-vae-ft-mse`.
+STABLE_DIFFUSION_CHANNELS = (128, 256, 512, 512)
+
 
 def last_figures(
     command: Sequence[object], folder: Path, environment: dict[str, str] | None = None
@@ -79,3 +82,22 @@ def write_images(folder: Path, count: int, size: tuple[int, int] = (500, 375)) -
         blots = Image.fromarray(rng.integers(0, 256, (12, 16, 3), dtype=np.uint8)).resize(size, Image.BICUBIC)
         blots.save(folder / "ab"[i % 2] / f"{i}.jpg", quality=90)
     return folder
+
+
+def random_vae(channels: Sequence[int]):
+    """An `AutoencoderKL` in the shape of Stable Diffusion's with these channels of its blocks, in eval mode.
+
+    Its weights are random: they do not change the time.
+    """
+    from ppdiffusers.models.autoencoder_kl import AutoencoderKL
+
+    vae = AutoencoderKL(
+        down_block_types=["DownEncoderBlock2D"] * 4,
+        up_block_types=["UpDecoderBlock2D"] * 4,
+        block_out_channels=list(channels),
+        layers_per_block=2,
+        norm_num_groups=min(32, channels[0]),
+        latent_channels=4,
+    )
+    vae.eval()
+    return vae

@@ -11,9 +11,8 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from dit.configuration import DiTConfig  # noqa: E402
-from dit.sampling_arguments import at_least  # noqa: E402
 from latent_diffusion import runtime  # noqa: E402
-from latent_diffusion.command_line import ArgumentParser  # noqa: E402
+from latent_diffusion.command_line import ArgumentParser, at_least  # noqa: E402
 from latent_diffusion.errors import command  # noqa: E402
 
 MODELS = {"cpu": "DiT-S/2", "gpu": "DiT-XL/2"}

@@ -10,7 +10,17 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from benchmarks.measure import ROOT, last_figures, print_head, print_row, scratch, write_features, write_images  # noqa: E402
+from benchmarks.measure import (  # noqa: E402
+    ROOT,
+    STABLE_DIFFUSION_CHANNELS,
+    last_figures,
+    print_head,
+    print_row,
+    random_vae,
+    scratch,
+    write_features,
+    write_images,
+)
 from latent_diffusion import runtime  # noqa: E402
 from latent_diffusion.command_line import ArgumentParser  # noqa: E402
 from latent_diffusion.errors import command  # noqa: E402
@@ -50,7 +60,9 @@ def main() -> None:
         folder = Path(folder)
         write_features(folder / "features", image_size, 4 * batch)
         write_images(folder / "images", 4 * batch)
-        vae = arguments.vae or _new_vae(folder / "vae")
+        if arguments.vae is None:
+            random_vae(STABLE_DIFFUSION_CHANNELS).save_pretrained(str(folder / "vae"), safe_serialization=False)
+        vae = arguments.vae or folder / "vae"
         sources = {
             "yes": ("--feature-path", "features"),
             "no": ("--data-path", "images", "--vae", Path(vae).absolute()),
@@ -77,22 +89,6 @@ def main() -> None:
                         f"{figures['peak_memory_gib'] * 1024:.0f}",
                         widths=widths,
                     )
-
-
-def _new_vae(folder: Path) -> Path:
-    """An autoencoder with random weights in the shape of `stabilityai/sd-vae-ft-mse`: as fast as that one."""
-    from ppdiffusers.models.autoencoder_kl import AutoencoderKL
-
-    vae = AutoencoderKL(
-        down_block_types=["DownEncoderBlock2D"] * 4,
-        up_block_types=["UpDecoderBlock2D"] * 4,
-        block_out_channels=[128, 256, 512, 512],
-        layers_per_block=2,
-        latent_channels=4,
-        sample_size=256,
-    )
-    vae.save_pretrained(str(folder), safe_serialization=False)
-    return folder
 
 
 if __name__ == "__main__":

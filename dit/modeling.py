@@ -21,6 +21,9 @@ FREQUENCIES = 128
 # The n of exp(-ln(10000) i / n): official DiT divides by the number of frequencies, (pp)diffusers by one less.
 _FREQUENCY_DENOMINATOR = {"official": FREQUENCIES, "ppdiffusers": FREQUENCIES - 1}
 
+# The name of the label table among the weights; its last row is the null class.
+LABEL_TABLE = "y_embedder.embedding_table.weight"
+
 # The official sampler guides these first channels of the noise only (`forward_with_cfg` of `models.py`).
 GUIDED_CHANNELS = 3
 

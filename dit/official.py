@@ -9,7 +9,7 @@ from latent_diffusion.errors import InputError
 from latent_diffusion.weights import transpose_linear, write_safetensors, write_torch
 
 from .configuration import MODEL_NAMES, DiTConfig
-from .modeling import DiT
+from .modeling import LABEL_TABLE, DiT
 
 _WRITERS = {".pt": write_torch, ".safetensors": write_safetensors}
 
@@ -30,7 +30,7 @@ def infer_config(weights: dict[str, np.ndarray], file: Path, like: DiTConfig | N
     try:
         width, channels, patch, _ = weights["x_embedder.proj.weight"].shape
         tokens = weights["pos_embed"].shape[1]
-        classes = len(weights["y_embedder.embedding_table.weight"]) - 1
+        classes = len(weights[LABEL_TABLE]) - 1
         hidden = len(weights["blocks.0.mlp.fc1.weight"])
         outputs = len(weights["final_layer.linear.weight"])
     except KeyError as error:

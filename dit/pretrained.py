@@ -13,10 +13,8 @@ from latent_diffusion.weights import choose_weights, is_torch_layout, read_confi
 
 from . import transformer2d
 from .configuration import DiTConfig
-from .modeling import DiT, sincos_positions
+from .modeling import LABEL_TABLE, DiT, sincos_positions
 from .official import infer_config
-
-_LABEL_TABLE = "y_embedder.embedding_table.weight"
 
 # A prefix that PyTorch's data parallelism leaves on every name.
 _PARALLEL_PREFIX = "module."
@@ -151,7 +149,7 @@ def start_from(config: DiTConfig, pretrained: Pretrained) -> tuple[Pretrained, l
                 f"{getattr(config, key)}; choose the configuration of the trained weights"
             )
     if config.num_classes != trained.num_classes:
-        weights[_LABEL_TABLE] = _new_label_table(weights[_LABEL_TABLE], config.num_classes)
+        weights[LABEL_TABLE] = _new_label_table(weights[LABEL_TABLE], config.num_classes)
         notes.append(
             f"the label table was made anew for {config.num_classes} classes in place of {trained.num_classes}; only "
             "the null class is kept"

@@ -5,10 +5,9 @@ Needs no Paddle, so that what is wrong with the flags is said before the framewo
 
 import argparse
 import math
-from collections.abc import Callable
 from pathlib import Path
 
-from latent_diffusion.command_line import ArgumentParser, boolean
+from latent_diffusion.command_line import ArgumentParser, at_least, boolean
 from latent_diffusion.errors import InputError
 
 from .configuration import MODEL_NAMES, DiTConfig
@@ -48,16 +47,7 @@ def add_sampling_arguments(parser: ArgumentParser, vae: str, cfg_scale: float) -
         "--cfg-scale", "--guidance-scale", type=at_least(1, float), default=cfg_scale, help="guidance scale, 1 for none"
     )
     add("--sampler", default="ddpm", help="ddpm, ddim or dpm-solver++")
-    add(
-        "--ddim-sampling",
-        dest="sampler",
-        type=lambda text: "ddim" if boolean(text) else "ddpm",
-        nargs="?",
-        metavar="BOOL",
-        const="true",
-        default=argparse.SUPPRESS,
-        help="True for --sampler ddim, False for --sampler ddpm",
-    )
+    _add_choice(parser, "--ddim-sampling", "sampler", "ddim", "ddpm")
     add(
         "--num-sampling-steps",
         "--sampling-steps",
@@ -69,35 +59,25 @@ def add_sampling_arguments(parser: ArgumentParser, vae: str, cfg_scale: float) -
         "--device", "--device-target", type=str.lower, choices=["cpu", "gpu"], help="without it the GPU if there is one"
     )
     add("--dtype", choices=list(AMP_DTYPES), default="fp32", help="precision of the network on a GPU")
-    add(
-        "--use-fp16",
-        dest="dtype",
-        type=lambda text: "fp16" if boolean(text) else "fp32",
-        nargs="?",
-        metavar="BOOL",
-        const="true",
-        default=argparse.SUPPRESS,
-        help="True for --dtype fp16, False for --dtype fp32",
-    )
+    _add_choice(parser, "--use-fp16", "dtype", "fp16", "fp32")
     parser.add_switch("--enable-flash-attention", help="use Paddle's flash / memory-efficient attention on a GPU")
     # In MindONE's files; neither changes what is sampled.
     parser.add_switch("--use-recompute", help="accepted for MindONE's files; sampling keeps no activations")
     add("--patch-embedder", choices=["conv", "linear"], help="accepted for MindONE's files; both are one function")
 
 
-def at_least(least: float, number: type[int] | type[float] = int) -> Callable[[str], float]:
-    """For argparse's `type`: takes finite numbers from `least` on."""
-
-    def parse(text: str):
-        value = number(text)
-        if value == math.inf:
-            raise argparse.ArgumentTypeError(f"must be finite, not {text}")
-        if not value >= least:
-            raise argparse.ArgumentTypeError(f"must be at least {least}, not {text}")
-        return value
-
-    parse.__name__ = number.__name__  # argparse names it where the text is no number
-    return parse
+def _add_choice(parser: ArgumentParser, flag: str, dest: str, true: str, false: str) -> None:
+    """Adds MindONE's form of another flag: `flag` alone or with True means `--dest true`, with False `--dest false`."""
+    parser.add_argument(
+        flag,
+        dest=dest,
+        type=lambda text: true if boolean(text) else false,
+        nargs="?",
+        metavar="BOOL",
+        const="true",
+        default=argparse.SUPPRESS,
+        help=f"True for --{dest} {true}, False for --{dest} {false}",
+    )
 
 
 def check_sampling_arguments(arguments: argparse.Namespace) -> None:

@@ -16,7 +16,7 @@ from latent_diffusion.errors import InputError
 from latent_diffusion.weights import is_torch_layout, transpose_linear
 
 from .configuration import DiTConfig
-from .modeling import sincos_positions
+from .modeling import LABEL_TABLE, sincos_positions
 
 # DiTPipeline takes this label for the null class, whatever the number of classes.
 PIPELINE_NULL_CLASS = 1000
@@ -63,7 +63,6 @@ _REPEATED_LAYERS = {
     "t_embedder.mlp.0": "norm1.emb.timestep_embedder.linear_1",
     "t_embedder.mlp.2": "norm1.emb.timestep_embedder.linear_2",
 }
-_LABEL_TABLE = "y_embedder.embedding_table.weight"
 _REPEATED_LABEL_TABLE = "norm1.emb.class_embedder.embedding_table.weight"
 
 
@@ -98,7 +97,7 @@ def to_transformer(weights: dict[str, np.ndarray], config: DiTConfig) -> dict[st
 
     The label table [K + 1, D] becomes [1001, D]: the null row, K, also fills every row from K to 1000.
     """
-    weights = weights | {_LABEL_TABLE: _filled(weights[_LABEL_TABLE])}
+    weights = weights | {LABEL_TABLE: _filled(weights[LABEL_TABLE])}
     renamed = {target: weights[source] for source, target in _names(config.num_layers)}
     for source, targets in _split_names(config.num_layers):
         renamed |= zip(targets, np.split(weights[source], 3, axis=-1), strict=True)
@@ -131,9 +130,9 @@ def from_transformer(weights: dict[str, np.ndarray], file: Path) -> tuple[DiTCon
     if is_torch_layout(weights["proj_out_1.weight"]):
         weights = transpose_linear(weights)
     found = _renamed_back(weights, config.num_layers, file)
-    found[_LABEL_TABLE] = _without_filling(found[_LABEL_TABLE])
+    found[LABEL_TABLE] = _without_filling(found[LABEL_TABLE])
     found["pos_embed"] = sincos_positions(config.hidden_size, config.sample_size // config.patch_size)
-    return dataclasses.replace(config, num_classes=len(found[_LABEL_TABLE]) - 1), found
+    return dataclasses.replace(config, num_classes=len(found[LABEL_TABLE]) - 1), found
 
 
 def _names(num_layers: int) -> Iterator[tuple[str, str]]:
@@ -143,7 +142,7 @@ def _names(num_layers: int) -> Iterator[tuple[str, str]]:
         block = f"transformer_blocks.{i}"
         layers += [(f"blocks.{i}.{source}", f"{block}.{target}") for source, target in _BLOCK_LAYERS.items()]
         layers += [(source, f"{block}.{target}") for source, target in _REPEATED_LAYERS.items()]
-        yield _LABEL_TABLE, f"{block}.{_REPEATED_LABEL_TABLE}"
+        yield LABEL_TABLE, f"{block}.{_REPEATED_LABEL_TABLE}"
     for source, target in layers:
         for kind in ("weight", "bias"):
             yield f"{source}.{kind}", f"{target}.{kind}"

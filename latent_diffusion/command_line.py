@@ -1,8 +1,9 @@
 """Command lines: flags in either spelling, defaults from a YAML file, and errors of one line."""
 
 import argparse
+import math
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -76,6 +77,21 @@ def boolean(text: str) -> bool:
     if text.lower() in ("false", "0", "no"):
         return False
     raise argparse.ArgumentTypeError(f"expected true or false, not {text!r}")
+
+
+def at_least(least: float, number: type[int] | type[float] = int) -> Callable[[str], float]:
+    """For argparse's `type`: takes finite numbers from `least` on."""
+
+    def parse(text: str):
+        value = number(text)
+        if value == math.inf:
+            raise argparse.ArgumentTypeError(f"must be finite, not {text}")
+        if not value >= least:
+            raise argparse.ArgumentTypeError(f"must be at least {least}, not {text}")
+        return value
+
+    parse.__name__ = number.__name__  # argparse names it where the text is no number
+    return parse
 
 
 def _read_yaml(path: Path) -> dict[str, Any]:

@@ -21,6 +21,16 @@ from latent_diffusion.weights import read_torch  # noqa: E402
 
 DATA = Path(__file__).parent / "data" / "dit"
 
+# The keys of a DiT as small as it can be.
+TINY = {
+    "sample_size": 8,
+    "patch_size": 4,
+    "in_channels": 4,
+    "num_layers": 1,
+    "num_attention_heads": 2,
+    "attention_head_dim": 8,
+}
+
 
 def dit_config(arguments: dict, convention: str = "official") -> DiTConfig:
     """The configuration for the arguments of the official `DiT` class."""

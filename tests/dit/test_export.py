@@ -18,7 +18,7 @@ from latent_diffusion.errors import InputError
 from latent_diffusion.vae import load_vae
 from latent_diffusion.weights import read_weights
 
-from ..conftest import DATA
+from ..conftest import DATA, TINY
 
 REPOSITORY = Path(__file__).parents[2]
 TINY_VAE = DATA.parent / "vae" / "vae_tiny"
@@ -231,16 +231,6 @@ def test_labels_beyond_the_classes_are_the_null_class(make_dit):
         assert table.shape == (1001, 64)
         np.testing.assert_array_equal(table[:10], own[:10])
         np.testing.assert_array_equal(table[10:], np.repeat(own[10:], 991, axis=0))
-
-
-TINY = {
-    "sample_size": 8,
-    "patch_size": 4,
-    "in_channels": 4,
-    "num_layers": 1,
-    "num_attention_heads": 2,
-    "attention_head_dim": 8,
-}
 
 
 @pytest.mark.parametrize(

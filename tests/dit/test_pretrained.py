@@ -20,20 +20,11 @@ from latent_diffusion import checkpoint
 from latent_diffusion.errors import InputError
 from latent_diffusion.weights import read_torch, read_weights, transpose_linear, write_paddle, write_torch
 
-from ..conftest import DATA
+from ..conftest import DATA, TINY
 
 HF = DATA.parent / "hf_dit"
 
 LABEL_TABLE = "y_embedder.embedding_table.weight"
-
-TINY = {
-    "sample_size": 8,
-    "patch_size": 4,
-    "in_channels": 4,
-    "num_layers": 1,
-    "num_attention_heads": 2,
-    "attention_head_dim": 8,
-}
 
 
 def output(model: DiT, arrays: dict[str, np.ndarray]) -> np.ndarray:
