@@ -1,6 +1,7 @@
 """The frozen autoencoder between pixels and latents (ppdiffusers' `AutoencoderKL`)."""
 
-import json
+import itertools
+import re
 import sys
 from pathlib import Path
 
@@ -9,15 +10,37 @@ import paddle
 
 from .checkpoint import set_weights
 from .errors import InputError
-from .weights import read_weights, transpose_linear
+from .hub import existing_file, local_folder, read_json
+from .weights import WEIGHT_SUFFIXES, read_weights, transpose_linear
 
 # File names a VAE folder may hold its weights under, ppdiffusers' own first.
 _PADDLE_FILES = ("model_state.pdparams", "diffusion_paddle_model.safetensors")
 _TORCH_FILES = ("diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.bin")
+_FILES = _PADDLE_FILES + _TORCH_FILES
 
 # The attention layers before version 0.12 of diffusers, whose names published files still have.
 _FORMER_NAMES = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
 
+# Names in the layout of CompVis (ldm/modules/diffusionmodules/model.py of CompVis/stable-diffusion) and diffusers' own.
+# Blocks are numbered from 1 in the middle; the decoder's are counted from the last.
+_COMPVIS_NAMES = (
+    (r"\.down\.(\d+)\.block\.", r".down_blocks.\1.resnets."),
+    (r"\.down\.(\d+)\.downsample\.", r".down_blocks.\1.downsamplers.0."),
+    (r"\.up\.(\d+)\.block\.", r".up_blocks.\1.resnets."),
+    (r"\.up\.(\d+)\.upsample\.", r".up_blocks.\1.upsamplers.0."),
+    (r"\.mid\.block_1\.", ".mid_block.resnets.0."),
+    (r"\.mid\.block_2\.", ".mid_block.resnets.1."),
+    (r"\.mid\.attn_1\.norm\.", ".mid_block.attentions.0.group_norm."),
+    (r"\.mid\.attn_1\.([qkv])\.", r".mid_block.attentions.0.to_\1."),
+    (r"\.mid\.attn_1\.proj_out\.", ".mid_block.attentions.0.to_out.0."),
+    (r"\.norm_out\.", ".conv_norm_out."),
+    (r"\.nin_shortcut\.", ".conv_shortcut."),
+)
+# Of that code, whose files do not say it.
+_COMPVIS_GROUPS, _COMPVIS_SCALE = 32, 0.18215
+
+# Where the log variances of a posterior end (`DiagonalGaussianDistribution` of CompVis/stable-diffusion).
+_LOG_VARIANCES = -30.0, 20.0
 
 # What facebookresearch/DiT calls them.
 _SHORT_NAMES = ("mse", "ema")
@@ -29,27 +52,24 @@ def full_name(name_or_path: str) -> str:
 
 
 def load_vae(name_or_path: str):
-    """Loads a VAE from a folder of ppdiffusers or diffusers (PyTorch), or by its name (or short name) on the model hub.
+    """Loads a VAE of ppdiffusers, diffusers (PyTorch) or CompVis.
+
+    Args:
+        name_or_path: a folder of ppdiffusers or diffusers, its name (or short name) on the hub, or a file of weights in
+            the layout of CompVis, as `autoencoder_kl.pth` of U-ViT. A `config.json` of diffusers beside such a file
+            says its `norm_num_groups` and `scaling_factor`; without one they are Stable Diffusion's.
 
     Returns:
         An `AutoencoderKL` in eval mode; `config.scaling_factor` scales its latents to about unit variance.
 
     Raises:
-        InputError: there is no such folder, its files are bad, or the hub cannot be reached.
+        InputError: there is no such folder or file, it is bad, or the hub cannot be reached.
     """
-    from ppdiffusers.models.autoencoder_kl import AutoencoderKL
-
-    folder = Path(name_or_path)
-    if folder.is_dir():
-        vae = _from_folder(AutoencoderKL, folder)
+    path = Path(name_or_path)
+    if path.suffix in WEIGHT_SUFFIXES and not path.is_dir():
+        vae = _from_compvis(path)
     else:
-        try:
-            vae = AutoencoderKL.from_pretrained(full_name(name_or_path))
-        except Exception as error:  # the hub clients raise whatever their transport raises
-            raise InputError(
-                f"the VAE {name_or_path!r} is neither a folder nor could it be downloaded "
-                f"({type(error).__name__}); give the path of a downloaded VAE folder"
-            ) from error
+        vae = _from_folder(local_folder(full_name(name_or_path), ("config.json", _FILES), "VAE"))
     vae.eval()
     return vae
 
@@ -79,29 +99,77 @@ def check_channels(vae, name: str, channels: int) -> None:
 def check_downsampling(vae, name: str, factor: int) -> None:
     """Raises `InputError` unless the VAE called `name` makes latents of 1 / `factor` of the image's side."""
     if (found := 2 ** (len(vae.config.block_out_channels) - 1)) != factor:
-        raise InputError(f"the VAE {name} makes latents of 1/{found} of the image's side; DiT takes 1/{factor}")
+        raise InputError(f"the VAE {name} makes latents of 1/{found} of the image's side; the model takes 1/{factor}")
 
 
-def _from_folder(cls, folder: Path):
-    try:
-        config = json.loads((folder / "config.json").read_text())
-    except OSError as error:
-        raise InputError(f"the VAE folder {folder} has no readable config.json: {error.strerror}") from None
-    except ValueError as error:
-        raise InputError(f"{folder / 'config.json'} is not JSON: {error}") from None
-    names = _PADDLE_FILES + _TORCH_FILES
-    file = next((folder / name for name in names if (folder / name).is_file()), None)
-    if file is None:
-        raise InputError(f"the VAE folder {folder} holds none of {', '.join(names)}")
-    try:
-        # Newer diffusers writes it; ppdiffusers knows no VAE without that attention, whose weights would be missing.
-        config.pop("mid_block_add_attention", None)
-        vae = cls.from_config(config)
-    except Exception as error:  # a wrong value can make its layers raise anything
-        raise InputError(f"{folder / 'config.json'} does not describe an AutoencoderKL: {error}") from error
+def _from_folder(folder: Path):
+    source = existing_file(folder, ("config.json",), "VAE")
+    file = existing_file(folder, _FILES, "VAE")
+    config = read_json(source)
+    # Newer diffusers writes it; ppdiffusers knows no VAE without that attention, whose weights would be missing.
+    config.pop("mid_block_add_attention", None)
+    vae = _build(config, source)
     weights = read_weights(file)
     set_weights(vae, _from_torch(weights) if file.name in _TORCH_FILES else weights, file)
     return vae
+
+
+def _build(config: dict, source: Path):
+    """A VAE with new weights; `source` names the configuration in errors."""
+    from ppdiffusers.models.autoencoder_kl import AutoencoderKL
+
+    try:
+        return AutoencoderKL.from_config(config)
+    except Exception as error:  # a wrong value can make its layers raise anything
+        raise InputError(f"{source} does not describe an AutoencoderKL: {error}") from error
+
+
+def _from_compvis(file: Path):
+    weights = read_weights(file)
+    beside = file.with_name("config.json")
+    given = read_json(beside) if beside.is_file() else {}
+    vae = _build(_compvis_config(weights, given, file), beside if given else file)
+    blocks = len(vae.config.block_out_channels)
+    renamed = {_diffusers_name(name, blocks): _without_kernel(name, value) for name, value in weights.items()}
+    set_weights(vae, _from_torch(renamed), file)
+    return vae
+
+
+def _compvis_config(weights: dict[str, np.ndarray], given: dict, file: Path) -> dict:
+    """Arguments of `AutoencoderKL`, from the shapes of the weights; `given` says what shapes do not."""
+    shapes = {name: value.shape for name, value in weights.items() if value.ndim == 4}
+    names = (f"encoder.down.{i}.block.0.conv2.weight" for i in itertools.count())
+    channels = [shapes[name][0] for name in itertools.takewhile(shapes.__contains__, names)]
+    layers = [name for name in shapes if re.fullmatch(r"encoder\.down\.0\.block\.\d+\.conv2\.weight", name)]
+    if not channels or "post_quant_conv.weight" not in shapes:
+        raise InputError(f"{file} is no VAE in the layout of CompVis; of one in another layout give the folder")
+    groups = given.get("norm_num_groups", _COMPVIS_GROUPS)
+    if not isinstance(groups, int) or groups < 1 or any(count % groups for count in channels):
+        raise InputError(
+            f"the shapes in {file} leave its norm_num_groups open, and {groups} does not divide its block channels "
+            f"{channels}; put the config.json of the VAE beside it"
+        )
+    return {
+        "block_out_channels": channels,
+        "down_block_types": ["DownEncoderBlock2D"] * len(channels),
+        "up_block_types": ["UpDecoderBlock2D"] * len(channels),
+        "layers_per_block": len(layers),
+        "latent_channels": shapes["post_quant_conv.weight"][0],
+        "norm_num_groups": groups,
+        "scaling_factor": given.get("scaling_factor", _COMPVIS_SCALE),
+    }
+
+
+def _diffusers_name(name: str, blocks: int) -> str:
+    """The name that diffusers has for what CompVis calls `name`, in a VAE of that many blocks."""
+    for pattern, replacement in _COMPVIS_NAMES:
+        name = re.sub(pattern, replacement, name)
+    return re.sub(r"\.up_blocks\.(\d+)\.", lambda match: f".up_blocks.{blocks - 1 - int(match[1])}.", name)
+
+
+def _without_kernel(name: str, value: np.ndarray) -> np.ndarray:
+    """The attention layers are Linear in diffusers and convolutions of one pixel in CompVis."""
+    return value[:, :, 0, 0] if ".attn_1." in name and value.shape[2:] == (1, 1) else value
 
 
 def _from_torch(weights: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
@@ -154,11 +222,12 @@ def sample_moments(moments: np.ndarray, noise: np.ndarray) -> np.ndarray:
     """A sample of the posterior, before scaling.
 
     Args:
-        moments: float [..., 2 C, H, W] from `encode_moments`.
+        moments: float [..., 2 C, H, W] from `encode_moments`; in files of other programs log variances may go beyond
+            [-30, 20], where they are cut off.
         noise: standard normal, float32 [..., C, H, W].
     """
     mean, log_variance = np.split(moments.astype(np.float32), 2, axis=-3)
-    return mean + np.exp(0.5 * log_variance) * noise
+    return mean + np.exp(0.5 * log_variance.clip(*_LOG_VARIANCES)) * noise
 
 
 @paddle.no_grad()

@@ -7,6 +7,7 @@ import numpy as np
 import paddle
 import pytest
 
+from latent_diffusion import hub
 from latent_diffusion.errors import InputError
 from latent_diffusion.vae import (
     decode_latents,
@@ -16,6 +17,7 @@ from latent_diffusion.vae import (
     load_vae_for_images,
     sample_moments,
 )
+from latent_diffusion.weights import read_torch, write_torch
 
 DATA = Path(__file__).parents[1] / "data" / "vae"
 
@@ -45,9 +47,9 @@ def test_safetensors_are_read_too(vae_folder, tmp_path):
         np.testing.assert_array_equal(reloaded[name].numpy(), tensor.numpy(), err_msg=name)
 
 
-@pytest.mark.parametrize("name", ["vae_tiny", "vae_tiny_old_keys"])
-def test_a_vae_of_diffusers_computes_what_diffusers_does(name):
-    """In safetensors, and in a `.bin` with the names of old versions."""
+@pytest.mark.parametrize("name", ["vae_tiny", "vae_tiny_old_keys", "compvis/autoencoder_kl_tiny.pth"])
+def test_a_vae_of_pytorch_computes_what_diffusers_does(name):
+    """In safetensors, in a `.bin` with the names of old versions, and in CompVis' layout."""
     vae = load_vae(str(DATA / name))
     with np.load(DATA / "vae.npz") as file:
         expected = {key: paddle.to_tensor(value) for key, value in file.items()}
@@ -126,15 +128,93 @@ def test_a_pickle_of_anything_but_weights_is_refused_and_not_executed(folder):
         load_vae(str(folder))
 
 
-def test_a_name_that_cannot_be_downloaded_is_named(monkeypatch):
-    from ppdiffusers.models.autoencoder_kl import AutoencoderKL
+def test_a_name_on_the_hub_is_downloaded(monkeypatch, vae_folder):
+    asked = []
+    monkeypatch.setattr(hub, "_download", lambda name, file: asked.append((name, file)) or vae_folder / file)
+    assert load_vae("some/model/vae").config.scaling_factor == 0.5
+    assert asked == [("some/model/vae", "config.json"), ("some/model/vae", "model_state.pdparams")]
 
+
+def test_a_name_that_cannot_be_downloaded_is_named(monkeypatch):
     def fail(*args, **kwargs):
         raise OSError("no route to host")
 
-    monkeypatch.setattr(AutoencoderKL, "from_pretrained", fail)
+    monkeypatch.setattr(hub, "_download", fail)
     with pytest.raises(InputError, match="the VAE 'some/vae' is neither a folder nor could it be downloaded"):
         load_vae("some/vae")
+
+
+@pytest.fixture
+def compvis(tmp_path):
+    """A file in CompVis' layout with its configuration, that a test may spoil."""
+    return shutil.copytree(DATA / "compvis", tmp_path / "vae") / "autoencoder_kl_tiny.pth"
+
+
+def test_the_configuration_of_a_compvis_file_comes_from_its_shapes(compvis):
+    (compvis.parent / "config.json").write_text(json.dumps({"norm_num_groups": 8, "scaling_factor": 0.23}))
+    vae = load_vae(str(compvis))
+    assert not vae.training
+    assert vae.config.block_out_channels == [16, 32]
+    assert (vae.config.layers_per_block, vae.config.latent_channels, vae.config.norm_num_groups) == (1, 4, 8)
+    assert vae.config.scaling_factor == 0.23
+
+
+def test_a_compvis_file_alone_has_the_groups_and_the_scale_of_stable_diffusion(tmp_path):
+    path = tmp_path / "autoencoder_kl.pth"
+    write_torch(path, {name: widened(name, value) for name, value in compvis_weights().items()}, {})
+    vae = load_vae(str(path))
+    assert vae.config.block_out_channels == [32, 64]
+    assert (vae.config.norm_num_groups, vae.config.scaling_factor) == (32, 0.18215)
+
+
+def compvis_weights():
+    return read_torch(DATA / "compvis" / "autoencoder_kl_tiny.pth")
+
+
+def widened(name, value):
+    """A weight of the same VAE with twice the channels, but for latents and colors."""
+    if name.startswith(("quant_conv", "post_quant_conv")):
+        return value
+    kept = {"encoder.conv_in": (1,), "encoder.conv_out": (0,), "decoder.conv_in": (1,), "decoder.conv_out": (0,)}
+    axes = [axis for axis in range(min(value.ndim, 2)) if axis not in kept.get(name.rpartition(".")[0], ())]
+    for axis in axes:
+        value = np.repeat(value, 2, axis)
+    return value
+
+
+def test_a_compvis_file_whose_shapes_leave_something_open_is_named(compvis):
+    (compvis.parent / "config.json").unlink()
+    message = (
+        r"autoencoder_kl_tiny\.pth leave its norm_num_groups open, and {} does not divide .*\[16, 32\].*config\.json"
+    )
+    with pytest.raises(InputError, match=message.format(32)):
+        load_vae(str(compvis))
+    for bad in (5, 0, -8, "many"):
+        (compvis.parent / "config.json").write_text(json.dumps({"norm_num_groups": bad}))
+        with pytest.raises(InputError, match=message.format(bad)):
+            load_vae(str(compvis))
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("encoder.down.0.block.0.conv2.weight", "is no VAE in the layout of CompVis"),
+        ("post_quant_conv.weight", "is no VAE in the layout of CompVis"),
+        ("decoder.mid.attn_1.q.weight", r"lacks the weight decoder\.mid_block\.attentions\.0\.to_q\.weight"),
+    ],
+)
+def test_a_compvis_file_that_lacks_something_is_named(compvis, name, message):
+    weights = compvis_weights()
+    del weights[name]
+    write_torch(compvis, weights, {})
+    with pytest.raises(InputError, match=rf"autoencoder_kl_tiny\.pth {message}"):
+        load_vae(str(compvis))
+
+
+def test_a_file_that_is_not_there_is_never_asked_from_the_hub(monkeypatch):
+    monkeypatch.setattr(hub, "_download", pytest.fail)
+    with pytest.raises(InputError, match=r"weights/autoencoder_kl\.pth does not exist"):
+        load_vae("weights/autoencoder_kl.pth")
 
 
 def test_a_config_of_something_else_is_named(folder):
@@ -156,12 +236,11 @@ def test_images_are_done_without_a_vae_that_does_not_fit(vae_folder, capsys):
 @pytest.mark.parametrize(
     ("name", "full"), [("mse", "stabilityai/sd-vae-ft-mse"), ("ema", "stabilityai/sd-vae-ft-ema"), ("a/b", "a/b")]
 )
-def test_short_names_stand_for_the_published_vaes(monkeypatch, name, full):
-    from ppdiffusers.models.autoencoder_kl import AutoencoderKL
-
-    loaded = AutoencoderKL()
-    monkeypatch.setattr(AutoencoderKL, "from_pretrained", {full: loaded}.__getitem__)
-    assert load_vae(name) is loaded
+def test_short_names_stand_for_the_published_vaes(monkeypatch, vae_folder, name, full):
+    asked = []
+    monkeypatch.setattr(hub, "_download", lambda name, file: asked.append(name) or vae_folder / file)
+    load_vae(name)
+    assert set(asked) == {full}
 
 
 def test_a_folder_has_one_name():

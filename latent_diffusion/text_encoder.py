@@ -1,0 +1,246 @@
+"""The frozen text encoder: captions to what a network is conditioned on (ppdiffusers' `CLIPTextModel`)."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import paddle
+
+from .checkpoint import set_weights
+from .errors import InputError
+from .hub import existing_file, local_folder, read_json
+from .runtime import import_paddlenlp
+from .weights import read_weights, transpose_linear
+
+# Names of these in errors.
+_MODEL, _TOKENIZER = "text encoder", "tokenizer"
+
+# PaddleNLP called its configurations so before version 2.5.
+_CONFIG_FILES = ("config.json", "model_config.json")
+# PaddleNLP and transformers both write a `model.safetensors`.
+_WEIGHT_FILES = ("model_state.pdparams", "model.safetensors", "pytorch_model.bin")
+
+# What the output depends on, and the numbers of special tokens: an exported configuration keeps them.
+_CONFIG_KEYS = (
+    "vocab_size",
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "max_position_embeddings",
+    "hidden_act",
+    "layer_norm_eps",
+    "projection_dim",
+    "bos_token_id",
+    "eos_token_id",
+    "pad_token_id",
+)
+# Keys of the text network in PaddleNLP before version 2.5.
+_FORMER_KEYS = {
+    "text_embed_dim": "hidden_size",
+    "text_layers": "num_hidden_layers",
+    "text_heads": "num_attention_heads",
+    "text_hidden_act": "hidden_act",
+    "max_text_length": "max_position_embeddings",
+}
+
+# What a file of a whole CLIP has besides the text network, and a table of numbers that old files store.
+_OTHER_PARTS = ("vision_model.", "visual_projection", "vision_projection", "text_projection", "logit_scale")
+_POSITION_IDS = ".position_ids"
+
+# The files that make a tokenizer of each class.
+_VOCABULARIES = {
+    "CLIPTokenizer": {"vocab_file": "vocab.json", "merges_file": "merges.txt"},
+    "BertTokenizer": {"vocab_file": "vocab.txt"},
+}
+_TOKENIZER_CONFIG = "tokenizer_config.json"
+_TOKENIZER_FILES = (
+    _TOKENIZER_CONFIG,
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "merges.txt",
+    ("vocab.json", "vocab.txt"),
+)
+
+
+@dataclass(frozen=True, eq=False)
+class TextEncoder:
+    """A text encoder with its tokenizer.
+
+    Attributes:
+        model: from `load_text_encoder`.
+        tokenizer: from `load_tokenizer`.
+    """
+
+    model: Any
+    tokenizer: Any
+
+    @classmethod
+    def load(cls, text_encoder: str, tokenizer: str, max_length: int) -> "TextEncoder":
+        """Loads both; every text becomes `max_length` tokens.
+
+        Args:
+            text_encoder: for `load_text_encoder`.
+            tokenizer: for `load_tokenizer`.
+            max_length: from 2, the tokens that begin and end a text, to the length that the text encoder knows.
+
+        Raises:
+            InputError: either cannot be loaded, they do not fit each other, or `max_length` is out of range.
+        """
+        loaded = cls(load_text_encoder(text_encoder), load_tokenizer(tokenizer, max_length))
+        config = loaded.model.config
+        if not 2 <= max_length <= config.max_position_embeddings:
+            raise InputError(
+                f"the text encoder {text_encoder} takes 2 to {config.max_position_embeddings} tokens; "
+                f"choose another maximum length than {max_length}"
+            )
+        # Its length is no measure: PaddleNLP counts special tokens twice that transformers lists in its configuration.
+        if (last := max(loaded.tokenizer.get_vocab().values())) >= config.vocab_size:
+            raise InputError(
+                f"the tokenizer {tokenizer} has a token {last}, but the text encoder {text_encoder} only knows "
+                f"{config.vocab_size}; give the tokenizer that belongs to it"
+            )
+        return loaded
+
+    @property
+    def length(self) -> int:
+        """The number of tokens that a text becomes, L."""
+        return self.tokenizer.model_max_length
+
+    @property
+    def width(self) -> int:
+        """The number of values a token becomes, D."""
+        return self.model.config.hidden_size
+
+    @paddle.no_grad()
+    def encode(self, texts: Sequence[str]) -> np.ndarray:
+        """The last hidden state of each text, as ppdiffusers' `LDMTextToImagePipeline` computes it.
+
+        Texts are padded or cut off to L tokens. Padding is not masked: the network learns what it means.
+
+        Args:
+            texts: B captions, at least one.
+
+        Returns:
+            float32 [B, L, D].
+        """
+        tokens = self.tokenizer(
+            list(texts), padding="max_length", truncation=True, max_length=self.length, return_tensors="pd"
+        )
+        return self.model(tokens.input_ids)[0].astype("float32").numpy()
+
+
+def load_text_encoder(name_or_path: str):
+    """Loads the text network of a CLIP.
+
+    Args:
+        name_or_path: a folder of ppdiffusers, PaddleNLP or transformers (PyTorch), which may hold a whole CLIP, or its
+            name on the hub.
+
+    Returns:
+        A `CLIPTextModel` of ppdiffusers in eval mode.
+
+    Raises:
+        InputError: there is no such folder, its files are bad, or the hub cannot be reached.
+    """
+    import_paddlenlp()
+    from paddlenlp.transformers.model_utils import no_init_weights
+    from ppdiffusers.transformers import CLIPTextConfig, CLIPTextModel
+
+    folder = local_folder(name_or_path, (_CONFIG_FILES, _WEIGHT_FILES), _MODEL)
+    source = existing_file(folder, _CONFIG_FILES, _MODEL)
+    file = existing_file(folder, _WEIGHT_FILES, _MODEL)
+    config = read_json(source)
+    try:
+        with no_init_weights():  # which takes two of three seconds, and all weights are set below
+            model = CLIPTextModel(CLIPTextConfig(**_settings(config)))
+    except Exception as error:  # a wrong value can make its layers raise anything
+        raise InputError(f"{source} does not describe a CLIP text encoder: {error}") from error
+    weights = _text_weights(read_weights(file), CLIPTextModel)
+    if _is_torch(weights, model.config, file):
+        tables = {name: value for name, value in weights.items() if name.endswith("_embedding.weight")}
+        weights = transpose_linear(weights) | tables
+    set_weights(model, weights, file)
+    model.eval()
+    return model
+
+
+def _settings(config: dict) -> dict:
+    """Arguments of `CLIPTextConfig`; that of a whole CLIP is nested, and so was every one of old PaddleNLP."""
+    for part in (config.get("text_config"), *config.get("init_args", ())):
+        if isinstance(part, dict):
+            config = config | part
+    settings = {new: config[old] for old, new in _FORMER_KEYS.items() if old in config}
+    if settings:
+        settings["intermediate_size"] = 4 * settings["hidden_size"]
+    return settings | {key: config[key] for key in _CONFIG_KEYS if key in config}
+
+
+def _text_weights(weights: dict[str, np.ndarray], model_class: type) -> dict[str, np.ndarray]:
+    """Those of the text network, under the names of today."""
+    former = model_class._deprecated_dict
+    if any(former["key"] in name for name in weights):
+        weights = {_replaced(name, former["name_mapping"]): value for name, value in weights.items()}
+    return {
+        name: value
+        for name, value in weights.items()
+        if not name.startswith(_OTHER_PARTS) and not name.endswith(_POSITION_IDS)
+    }
+
+
+def _replaced(text: str, replacements: dict[str, str]) -> str:
+    for old, new in replacements.items():
+        text = text.replace(old, new)
+    return text
+
+
+def _is_torch(weights: dict[str, np.ndarray], config: Any, file: Path) -> bool:
+    """Whether a Linear's weights are stored (out, in), as PyTorch does."""
+    if file.suffix != ".safetensors":
+        return file.suffix == ".bin"
+    first = weights.get("text_model.encoder.layers.0.mlp.fc1.weight")
+    return first is not None and first.shape == (config.intermediate_size, config.hidden_size)
+
+
+def load_tokenizer(name_or_path: str, max_length: int):
+    """Loads the tokenizer of a CLIP (`vocab.json` and `merges.txt`) or BERT (`vocab.txt`).
+
+    Args:
+        name_or_path: a folder or a name on the hub.
+        max_length: its `model_max_length`, to which texts are padded and cut off.
+
+    Returns:
+        A `CLIPTokenizer` or `BertTokenizer` of ppdiffusers: the class that `tokenizer_config.json` names, or else the
+        one whose files are there.
+
+    Raises:
+        InputError: there is no such folder, its files are bad, or the hub cannot be reached.
+    """
+    import_paddlenlp()
+    from ppdiffusers import transformers
+
+    folder = local_folder(name_or_path, _TOKENIZER_FILES, _TOKENIZER)
+    name = _tokenizer_class(folder)
+    vocabulary = {
+        argument: str(existing_file(folder, (file,), _TOKENIZER)) for argument, file in _VOCABULARIES[name].items()
+    }
+    try:
+        # An absolute path is never taken for the name of one that PaddleNLP brings. What is given here overrides what
+        # the files say: they may name vocabularies outside of the folder, and templates that would be compiled.
+        return getattr(transformers, name).from_pretrained(
+            str(folder.absolute()), **vocabulary, model_max_length=max_length, chat_template=None
+        )
+    except Exception as error:  # a wrong value can make it raise anything
+        raise InputError(f"the tokenizer folder {folder} holds no working {name}: {error}") from error
+
+
+def _tokenizer_class(folder: Path) -> str:
+    if (path := folder / _TOKENIZER_CONFIG).is_file() and (named := read_json(path).get("tokenizer_class")):
+        name = str(named).removesuffix("Fast")
+        if name not in _VOCABULARIES:
+            raise InputError(f"{path} names the class {named}; known are {' and '.join(_VOCABULARIES)}")
+        return name
+    found = existing_file(folder, [files["vocab_file"] for files in _VOCABULARIES.values()], _TOKENIZER)
+    return next(name for name, files in _VOCABULARIES.items() if files["vocab_file"] == found.name)
