@@ -77,7 +77,7 @@ def main() -> None:
     )
     if extracted is None:  # rank 0 reports for all
         return
-    there = extracted.images - extracted.encoded
+    there = extracted.records - extracted.encoded
     print(f"encoded {extracted.encoded} images, {there} were there already, in {arguments.features_path}")
     if extracted.skipped:
         print(f"note: {len(extracted.skipped)} images were skipped; the manifest lists them", file=sys.stderr)

@@ -30,11 +30,11 @@ def main() -> None:
     from dit.classes import default_labels, parse_labels
     from dit.export import read_labels
     from dit.image_sampling import load_image_sampler
-    from dit.sampling import sample_generators
     from latent_diffusion import device
     from latent_diffusion.files import replace_file
     from latent_diffusion.images import image_grid
     from latent_diffusion.progress import progress
+    from latent_diffusion.sampling import sample_generators
 
     sampler = load_image_sampler(arguments, device.select(arguments.device))
     classes = sampler.model.config.num_classes

@@ -113,12 +113,12 @@ def writers(folder: Path, image_size: int, count: int) -> dict:
 
 def layouts(image_size: int, count: int) -> dict:
     """What extraction writes in each layout, mirrored images included."""
-    from latent_diffusion.records import LATENTS, MOMENTS, Contents
+    from latent_diffusion.records import LATENTS, MOMENTS, ImageContents
 
     side = image_size // 8
     return {
-        "files": Contents(LATENTS, (2, 4, side, side), "float32", count, image_size, 0.18215),
-        "packed": Contents(MOMENTS, (2, 8, side, side), "float16", count, image_size, 0.18215),
+        "files": ImageContents(LATENTS, (2, 4, side, side), "float32", count, image_size, 0.18215),
+        "packed": ImageContents(MOMENTS, (2, 8, side, side), "float16", count, image_size, 0.18215),
     }
 
 

@@ -12,7 +12,7 @@ from latent_diffusion.errors import InputError
 from latent_diffusion.files import new_folder
 from latent_diffusion.packed import MANIFEST, PackedReader, PackedWriter, is_packed
 from latent_diffusion.progress import progress
-from latent_diffusion.records import LATENTS, MOMENTS, Contents, RecordReader
+from latent_diffusion.records import LATENTS, MOMENTS, ImageContents, RecordReader
 
 from .extraction import sample_latents
 from .feature_files import FeatureFilesReader, FeatureFilesWriter, manifest_path
@@ -25,8 +25,8 @@ BATCH = 256
 class Converted:
     """What was read, what was written, and of how many images."""
 
-    read: Contents
-    written: Contents
+    read: ImageContents
+    written: ImageContents
     images: int
 
 
@@ -72,7 +72,7 @@ def convert_features(
     return Converted(reader.contents, contents, images)
 
 
-def _sampled(contents: Contents, seed: int) -> Contents:
+def _sampled(contents: ImageContents, seed: int) -> ImageContents:
     if contents.content != MOMENTS:
         return contents
     shape = (contents.views, *contents.latent_shape)

@@ -9,26 +9,16 @@
 """
 
 import hashlib
-import io
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
 
+from latent_diffusion.array_files import ArrayFilesWriter, array_file, update, write_file
 from latent_diffusion.errors import InputError
 from latent_diffusion.features import list_arrays, read_array
-from latent_diffusion.progress import progress
-from latent_diffusion.records import (
-    LATENTS,
-    Contents,
-    RecordReader,
-    RecordWriter,
-    claim_manifest,
-    read_manifest,
-    skipped_images,
-    write_manifest,
-)
+from latent_diffusion.records import LATENTS, ImageContents, RecordReader, read_manifest, skipped_images
 
 from .configuration import VAE_DOWNSAMPLING
 
@@ -56,50 +46,25 @@ def check_twins(names: list[str], features: Path, twin: Path) -> None:
     raise InputError(f"{features / lone[0]} is missing: its twin {twin / lone[0]} exists ({len(lone)} such)")
 
 
-class FeatureFilesWriter(RecordWriter):
-    """Writes the fastdit layout; the files of image i are called `i.npy`.
+class FeatureFilesWriter(ArrayFilesWriter):
+    """Writes the fastdit layout; the files of image i are called `i.npy`."""
 
-    Files are not flushed to the disk one by one, which would take longer than the encoding. What a power failure leaves
-    of them is shorter than it should be, so a record is there when all of its files have their full size.
-    """
-
-    def __init__(self, folder: Path, contents: Contents):
-        super().__init__(contents)
-        self.folder = folder
+    def __init__(self, folder: Path, contents: ImageContents):
         latents, self.labels, flipped = feature_folders(folder, contents.resolution)
         self.views = [latents, flipped][: contents.views]
-        self.manifest = manifest_path(folder, contents.resolution)
-        self.latent_bytes = len(_array_file(np.zeros((1, *contents.latent_shape), contents.dtype)))
+        super().__init__([*self.views, self.labels], manifest_path(folder, contents.resolution), contents)
+        self.latent_bytes = len(array_file(np.zeros((1, *contents.latent_shape), contents.dtype)))
         self.label_bytes = len(_label_file(0))
 
-    def claim(self) -> None:
-        claim_manifest(self.manifest, self.contents.to_dict())
-        for folder in (*self.views, self.labels):
-            folder.mkdir(exist_ok=True)
-
-    def absent(self) -> list[int]:
-        return [number for number in range(self.contents.records) if not self._is_there(number)]
+    def files(self, number: int) -> dict[Path, int]:
+        name = f"{number}.npy"
+        return {folder / name: self.latent_bytes for folder in self.views} | {self.labels / name: self.label_bytes}
 
     def write(self, numbers: Sequence[int], records: np.ndarray, labels: Sequence[int]) -> None:
         for number, record, label in zip(numbers, records.astype(self.contents.dtype), labels, strict=True):
-            for folder, latent in zip(self.views, record, strict=True):
-                _write(folder, number, _array_file(latent[None]))
-            _write(self.labels, number, _label_file(label))
-
-    def finish(self, skipped: list[str]) -> None:
-        numbers = sorted(set(range(self.contents.records)) - set(self.absent()))
-        digest = hashlib.sha256()
-        with progress(total=len(numbers), desc="checksum", unit="image") as bar:
-            for number in numbers:
-                _update(digest, [folder / f"{number}.npy" for folder in (*self.views, self.labels)])
-                bar.update()
-        found = {"images": len(numbers), "skipped": skipped, "sha256": digest.hexdigest()}
-        write_manifest(self.manifest, self.contents.to_dict() | found)
-
-    def _is_there(self, number: int) -> bool:
-        name = f"{number}.npy"
-        sizes = [(folder, self.latent_bytes) for folder in self.views] + [(self.labels, self.label_bytes)]
-        return all(_size(folder / name) == size for folder, size in sizes)
+            contents = [*(array_file(latent[None]) for latent in record), _label_file(label)]
+            for path, content in zip(self.files(number), contents, strict=True):
+                write_file(path, content)
 
 
 class FeatureFilesReader(RecordReader):
@@ -131,7 +96,7 @@ class FeatureFilesReader(RecordReader):
     def __iter__(self) -> Iterator[tuple[int, np.ndarray, int]]:
         digest = hashlib.sha256()
         for number, name in self.names.items():
-            _update(digest, [folder / name for folder in (*self.views, self.labels)])
+            update(digest, [folder / name for folder in (*self.views, self.labels)])
             yield number, np.stack([self._latent(folder / name) for folder in self.views]), self._label(name)
         if self.sha256 not in (None, digest.hexdigest()):
             raise InputError(
@@ -140,7 +105,7 @@ class FeatureFilesReader(RecordReader):
 
     def _read_manifest(self, names: list[str], scaling_factor: float | None) -> None:
         values = read_manifest(self.manifest)
-        self.contents = Contents.from_manifest(values, self.manifest)
+        self.contents = ImageContents.from_manifest(values, self.manifest)
         self.sha256, self.skipped = values.get("sha256"), skipped_images(values, self.manifest)
         if scaling_factor not in (None, self.contents.scaling_factor):
             raise InputError(
@@ -170,7 +135,7 @@ class FeatureFilesReader(RecordReader):
         if first.ndim != 3 or first.dtype.name not in ("float16", "float32"):
             raise InputError(f"{path} holds {first.dtype} {first.shape}, not float16 or float32 latents [C, H, W]")
         shape = (len(self.views), *first.shape)
-        self.contents = Contents(LATENTS, shape, first.dtype.name, len(names), resolution, scaling_factor)
+        self.contents = ImageContents(LATENTS, shape, first.dtype.name, len(names), resolution, scaling_factor)
 
     def _latent(self, path: Path) -> np.ndarray:
         latent = read_array(path, self.contents.latent_shape)
@@ -196,30 +161,5 @@ def _resolution(folder: Path) -> int:
     return resolutions[0]
 
 
-def _array_file(array: np.ndarray) -> bytes:
-    file = io.BytesIO()
-    np.save(file, array)
-    return file.getvalue()
-
-
 def _label_file(label: int) -> bytes:
-    return _array_file(np.array([label], dtype=np.int64))
-
-
-def _write(folder: Path, number: int, content: bytes) -> None:
-    # The name is the same at every try: what a killed process leaves is written over.
-    temporary = folder / f".{number}.tmp"
-    temporary.write_bytes(content)
-    temporary.replace(folder / f"{number}.npy")
-
-
-def _size(path: Path) -> int | None:
-    try:
-        return path.stat().st_size
-    except FileNotFoundError:
-        return None
-
-
-def _update(digest, paths: list[Path]) -> None:
-    for path in paths:
-        digest.update(path.read_bytes())
+    return array_file(np.array([label], dtype=np.int64))

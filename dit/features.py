@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 
 from latent_diffusion.errors import InputError
-from latent_diffusion.features import FeatureStore, list_arrays, read_array
+from latent_diffusion.features import FeatureStore, images_to_check, list_arrays, read_array
 from latent_diffusion.packed import ABSENT, LABELS, MANIFEST, PackedReader, is_packed
 from latent_diffusion.records import MOMENTS
 from latent_diffusion.vae import sample_moments
@@ -14,10 +14,6 @@ from latent_diffusion.vae import sample_moments
 from .classes import draw_label
 from .configuration import DiTConfig
 from .feature_files import check_twins, feature_folders
-
-# Opening every file of ImageNet up front would take minutes on a network disk; names are all compared, and this many
-# files, evenly spread, are opened. The others are checked when training reads them.
-FILES_CHECKED = 256
 
 
 def open_features(feature_path: str | Path, config: DiTConfig, use_flip: bool = False) -> FeatureStore:
@@ -74,7 +70,7 @@ class FastDiTFeatures(LabeledFeatures):
         self.latent_folders = [features] + ([flipped] if use_flip else [])
         for twin in [labels, *self.latent_folders[1:]]:
             check_twins(self.names, features, twin)
-        for index in np.unique(np.linspace(0, len(self) - 1, min(FILES_CHECKED, len(self)), dtype=int)):
+        for index in images_to_check(len(self)):
             self._label(index)
             for folder in self.latent_folders:
                 self._latent(folder, index)

@@ -13,9 +13,9 @@ import paddle
 
 from latent_diffusion.progress import progress
 from latent_diffusion.sample_folder import SampleFolder
+from latent_diffusion.sampling import sample_generators
 
 from .image_sampling import ImageSampler
-from .sampling import sample_generators
 
 
 def settings(sampler: ImageSampler, seed: int, batch_size: int) -> dict[str, Any]:

@@ -4,16 +4,13 @@ W. Peebles, S. Xie, "Scalable Diffusion Models with Transformers", arXiv 2212.09
 names and shapes are those of facebookresearch/DiT `models.py` (Linear weights transposed, as Paddle stores them).
 """
 
-import math
-import sys
-
 import numpy as np
 import paddle
-import paddle.nn.functional as F
 from paddle import nn
 
 from latent_diffusion.attention import Attention
 from latent_diffusion.ops import Linear, expand_tokens, layer_norm, modulate
+from latent_diffusion.transformer import Backbone, Block, Mlp, PatchEmbed, sinusoid, unpatchify
 
 from .configuration import DiTConfig
 
@@ -36,15 +33,9 @@ class TimestepEmbedder(nn.Layer):
         self.denominator = _FREQUENCY_DENOMINATOR[convention]
         self.mlp = nn.Sequential(Linear(2 * FREQUENCIES, hidden_size), nn.Silu(), Linear(hidden_size, hidden_size))
 
-    def sinusoid(self, t: paddle.Tensor) -> paddle.Tensor:
-        """t [B], integer or float -> float32 [B, 256]: cosines first."""
-        # Multiplied before it is divided, as in both references: another rounding here is multiplied by t.
-        exponents = -math.log(10000) * paddle.arange(FREQUENCIES, dtype="float32") / self.denominator
-        angles = t.astype("float32").unsqueeze(1) * paddle.exp(exponents).unsqueeze(0)
-        return paddle.concat([paddle.cos(angles), paddle.sin(angles)], axis=-1)
-
     def forward(self, t: paddle.Tensor) -> paddle.Tensor:
-        return self.mlp(self.sinusoid(t).astype(self.mlp[0].weight.dtype))
+        embedding = sinusoid(t, 2 * FREQUENCIES, self.denominator)
+        return self.mlp(embedding.astype(self.mlp[0].weight.dtype))
 
 
 class LabelEmbedder(nn.Layer):
@@ -58,45 +49,22 @@ class LabelEmbedder(nn.Layer):
         return self.embedding_table(y)
 
 
-class PatchEmbed(nn.Layer):
-    """Latents [B, C, H, W] -> tokens [B, N, D], row by row."""
-
-    def __init__(self, config: DiTConfig):
-        super().__init__()
-        patch = config.patch_size
-        self.proj = nn.Conv2D(config.in_channels, config.hidden_size, patch, stride=patch)
-
-    def forward(self, x: paddle.Tensor) -> paddle.Tensor:
-        return self.proj(x).flatten(2).transpose([0, 2, 1])
-
-
-class Mlp(nn.Layer):
-    """Two linear layers with the tanh approximation of GELU between."""
-
-    def __init__(self, dim: int, hidden_dim: int):
-        super().__init__()
-        self.fc1 = Linear(dim, hidden_dim)
-        self.fc2 = Linear(hidden_dim, dim)
-
-    def forward(self, x: paddle.Tensor) -> paddle.Tensor:
-        return self.fc2(F.gelu(self.fc1(x), approximate=True))
-
-
-class DiTBlock(nn.Layer):
+class DiTBlock(Block):
     """Transformer block with adaLN-Zero conditioning: tokens x [B, N, D], condition c [B, D] -> [B, N, D]."""
 
     def __init__(self, config: DiTConfig):
-        super().__init__()
+        super().__init__(config)
         dim = config.hidden_size
         self.attn = Attention(dim, config.num_attention_heads)
-        self.mlp = Mlp(dim, int(dim * config.mlp_ratio))
+        self.mlp = Mlp(dim, int(dim * config.mlp_ratio), approximate=True)
         self.adaLN_modulation = nn.Sequential(nn.Silu(), Linear(dim, 6 * dim))
 
     def forward(self, x: paddle.Tensor, c: paddle.Tensor) -> paddle.Tensor:
         shift_msa, scale_msa, gate_msa, shift_mlp, scale_mlp, gate_mlp = self.adaLN_modulation(c).chunk(6, axis=1)
         tokens = x.shape[1]
-        x = x + expand_tokens(gate_msa, tokens) * self.attn(modulate(layer_norm(x), shift_msa, scale_msa))
-        return x + expand_tokens(gate_mlp, tokens) * self.mlp(modulate(layer_norm(x), shift_mlp, scale_mlp))
+        attend, feed = self._merged_calls(x)
+        x = x + expand_tokens(gate_msa, tokens) * attend(self.attn, modulate(layer_norm(x), shift_msa, scale_msa))
+        return x + expand_tokens(gate_mlp, tokens) * feed(self.mlp, modulate(layer_norm(x), shift_mlp, scale_mlp))
 
 
 class FinalLayer(nn.Layer):
@@ -113,22 +81,19 @@ class FinalLayer(nn.Layer):
         return self.linear(modulate(layer_norm(x), shift, scale))
 
 
-class DiT(nn.Layer):
+class DiT(Backbone):
     """Class-conditional diffusion transformer.
 
-    The forward pass draws nothing at random: replacing labels by the null class in training is the data's part.
-    `enable_recompute` (also set by PaddleNLP's `--recompute`) trades activation memory for a second forward pass.
+    Training draws nothing at random here: replacing labels by the null class is the data's part.
     """
 
     def __init__(self, config: DiTConfig):
-        super().__init__()
-        self.config = config
-        self.enable_recompute = False
-        self.x_embedder = PatchEmbed(config)
+        super().__init__(config)
+        self.x_embedder = PatchEmbed(config.in_channels, config.hidden_size, config.patch_size)
         self.t_embedder = TimestepEmbedder(config.hidden_size, config.timestep_convention)
         self.y_embedder = LabelEmbedder(config.num_classes, config.hidden_size)
         self.pos_embed = self.create_parameter(
-            [1, (config.sample_size // config.patch_size) ** 2, config.hidden_size],
+            [1, config.side**2, config.hidden_size],
             attr=paddle.ParamAttr(trainable=False),
         )
         self.blocks = nn.LayerList([DiTBlock(config) for _ in range(config.num_layers)])
@@ -157,9 +122,7 @@ class DiT(nn.Layer):
         for modulation in [block.adaLN_modulation for block in self.blocks] + [self.final_layer.adaLN_modulation]:
             zeros(modulation[1].weight)
         zeros(self.final_layer.linear.weight)
-        self.pos_embed.set_value(
-            sincos_positions(self.config.hidden_size, self.config.sample_size // self.config.patch_size)
-        )
+        self.pos_embed.set_value(sincos_positions(self.config.hidden_size, self.config.side))
 
     def forward(self, x: paddle.Tensor, t: paddle.Tensor, y: paddle.Tensor) -> paddle.Tensor:
         """Predicts the noise (and the variance values) of noisy latents.
@@ -179,8 +142,8 @@ class DiT(nn.Layer):
         # gives the same bits as without.
         *conditions, final_condition = c.unsqueeze(0).expand([len(self.blocks) + 1, *c.shape]).unbind(0)
         for block, c in zip(self.blocks, conditions, strict=True):
-            x = self._recompute(block, x, c) if self.enable_recompute and self.training else block(x, c)
-        return self._unpatchify(self.final_layer(x, final_condition))
+            x = self._run(block, x, c)
+        return unpatchify(self.final_layer(x, final_condition), self.config.patch_size, self.config.out_channels)
 
     def forward_with_cfg(
         self,
@@ -206,27 +169,6 @@ class DiT(nn.Layer):
         cond, uncond = eps.chunk(2, axis=0)
         guided = uncond + cfg_scale * (cond - uncond)
         return paddle.concat([paddle.concat([guided, guided]), rest], axis=1)
-
-    def enable_xformers_memory_efficient_attention(self) -> None:
-        """Uses Paddle's flash / memory-efficient attention; on a CPU says that this has no effect."""
-        if not paddle.device.is_compiled_with_cuda():
-            print("note: memory-efficient attention needs a GPU: it has no effect on a CPU", file=sys.stderr)
-        for block in self.blocks:
-            block.attn.memory_efficient = True
-
-    def _unpatchify(self, x: paddle.Tensor) -> paddle.Tensor:
-        """Patches [B, N, p * p * C] -> [B, C, H, W]."""
-        patch, channels = self.config.patch_size, self.config.out_channels
-        side = self.config.sample_size // patch
-        x = x.reshape([x.shape[0], side, side, patch, patch, channels]).transpose([0, 5, 1, 3, 2, 4])
-        return x.reshape([x.shape[0], channels, side * patch, side * patch])
-
-    @staticmethod
-    def _recompute(block: nn.Layer, x: paddle.Tensor, c: paddle.Tensor) -> paddle.Tensor:
-        from paddle.distributed.fleet.utils import recompute
-
-        # Blocks draw nothing at random, so there is no generator state to keep.
-        return recompute(block, x, c, preserve_rng_state=False)
 
 
 def sincos_positions(width: int, side: int) -> np.ndarray:

@@ -1,23 +1,26 @@
 """Trained weights of a DiT, wherever they come from, and a network to go on training from them."""
 
 import dataclasses
-import json
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
 from latent_diffusion import checkpoint
 from latent_diffusion.errors import InputError
-from latent_diffusion.weights import choose_weights, is_torch_layout, read_config, read_content, transpose_linear
+from latent_diffusion.pretrained import (
+    COMPONENT_CONFIG,
+    Pretrained,
+    agreed,
+    described_config,
+    find_weights,
+    plain_weights,
+)
+from latent_diffusion.weights import choose_weights, is_torch_layout, read_content, transpose_linear
 
 from . import transformer2d
 from .configuration import DiTConfig
 from .modeling import LABEL_TABLE, DiT, sincos_positions
 from .official import infer_config
-
-# A prefix that PyTorch's data parallelism leaves on every name.
-_PARALLEL_PREFIX = "module."
 
 # What fine-tuning cannot change.
 _SHAPE_KEYS = (
@@ -29,32 +32,6 @@ _SHAPE_KEYS = (
     "mlp_ratio",
     "learn_sigma",
 )
-
-
-@dataclass(frozen=True)
-class Pretrained:
-    """Weights with the names and in the layout of `DiT`, float32.
-
-    Attributes:
-        config: what the source says of them; `DiT(config)` takes them.
-        weights: by name, Linear weights [in, out].
-        source: the file they were read from.
-    """
-
-    config: DiTConfig
-    weights: dict[str, np.ndarray]
-    source: Path
-
-    def network(self) -> DiT:
-        """A network with these weights, in eval mode.
-
-        Raises:
-            InputError: they are not those of the configuration.
-        """
-        model = DiT(self.config)
-        checkpoint.set_weights(model, self.weights, self.source)
-        model.eval()
-        return model
 
 
 def read_pretrained(
@@ -76,14 +53,14 @@ def read_pretrained(
         InputError: there are no weights, they cannot be read, are refused or belong to something else, or their
             configuration is unknown or contradicts `config_file`.
     """
-    file = _find_weights(Path(source), use_ema)
-    weights = _float32(choose_weights(read_content(file), file, use_ema))
+    file = find_weights(Path(source), use_ema, "transformer")
+    weights = plain_weights(choose_weights(read_content(file), file, use_ema))
     if transformer2d.is_transformer(weights):
         config, weights = transformer2d.from_transformer(weights, file)
-        return Pretrained(_agreed(config, file.with_name(transformer2d.CONFIG), config_file), weights, file)
+        return Pretrained(DiT, agreed(config, file.with_name(COMPONENT_CONFIG), config_file), weights, file)
     torch_layout = is_torch_layout(_widening_weight(weights, file))
     config = _find_config(weights, file, torch_layout, config_file, like)
-    return Pretrained(config, transpose_linear(weights) if torch_layout else weights, file)
+    return Pretrained(DiT, config, transpose_linear(weights) if torch_layout else weights, file)
 
 
 def load_dit(source: Path, config_file: Path | None = None, use_ema: bool = True) -> DiT:
@@ -167,64 +144,13 @@ def start_from(config: DiTConfig, pretrained: Pretrained) -> tuple[Pretrained, l
             f"{convention}"
         )
     config = dataclasses.replace(config, timestep_convention=trained.timestep_convention)
-    return Pretrained(config, weights, pretrained.source), notes
+    return dataclasses.replace(pretrained, config=config, weights=weights), notes
 
 
 def _new_label_table(table: np.ndarray, num_classes: int) -> np.ndarray:
     # A generator of its own: every process of a run draws the same.
     rows = np.random.default_rng(0).normal(0.0, 0.02, (num_classes, table.shape[1]))
     return np.concatenate([rows.astype(table.dtype), table[-1:]])
-
-
-# Finding files
-
-
-def _find_weights(source: Path, use_ema: bool) -> Path:
-    if source.is_file():
-        return source
-    if not source.is_dir():
-        raise InputError(
-            f"the model file {source} does not exist; give a checkpoint folder, a weight file or a pipeline folder"
-        )
-    return _find_transformer(source) or _find_checkpoint(source, use_ema)
-
-
-def _find_transformer(folder: Path) -> Path | None:
-    """The weight file of a pipeline or transformer folder; None when it is neither."""
-    if (folder / "model_index.json").is_file():
-        folder = folder / "transformer"
-    elif not _names_a_class(folder / transformer2d.CONFIG):
-        return None
-    file = next((folder / name for name in transformer2d.WEIGHT_FILES if (folder / name).is_file()), None)
-    if file is None:
-        raise InputError(f"the transformer folder {folder} holds none of {', '.join(transformer2d.WEIGHT_FILES)}")
-    return file
-
-
-def _names_a_class(config_file: Path) -> bool:
-    """Whether it is the configuration of a (pp)diffusers model; a checkpoint's own names no class."""
-    try:
-        return "_class_name" in json.loads(config_file.read_text())
-    except (OSError, ValueError, TypeError):
-        return False  # what is wrong with it is said when it is read
-
-
-def _find_checkpoint(folder: Path, use_ema: bool) -> Path:
-    newest = checkpoint.newest_checkpoint(folder) or folder
-    path = newest / (checkpoint.EMA_MODEL if use_ema else checkpoint.MODEL)
-    if not path.is_file():
-        hint = "; --use_ema False takes the raw weights" if use_ema and (newest / checkpoint.MODEL).is_file() else ""
-        raise InputError(f"{path} does not exist: {folder} is no checkpoint folder and holds none with it{hint}")
-    return path
-
-
-# Understanding their content
-
-
-def _float32(weights: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    if all(name.startswith(_PARALLEL_PREFIX) for name in weights):
-        weights = {name.removeprefix(_PARALLEL_PREFIX): value for name, value in weights.items()}
-    return {name: value.astype(np.float32, copy=False) for name, value in weights.items()}
 
 
 def _widening_weight(weights: dict[str, np.ndarray], file: Path) -> np.ndarray:
@@ -238,9 +164,9 @@ def _find_config(
     weights: dict[str, np.ndarray], file: Path, torch_layout: bool, config_file: Path | None, like: DiTConfig | None
 ) -> DiTConfig:
     """The configuration of weights with DiT's names: what describes them, else what is given, else what they tell."""
-    described = _own_config(file, torch_layout)
+    described = described_config(DiTConfig, file, torch_layout, config_file)
     if described is not None:
-        return _agreed(*described, config_file)
+        return described
     if config_file is not None:
         config = DiTConfig.from_json(config_file)
         # What the official code trains has no other convention, and its files do not say.
@@ -248,20 +174,3 @@ def _find_config(
     if not torch_layout:
         raise InputError(f"no {checkpoint.CONFIG} describes {file}; give its configuration with --config_file")
     return infer_config(weights, file, like)
-
-
-def _own_config(file: Path, torch_layout: bool) -> tuple[DiTConfig, Path] | None:
-    """The configuration in the file, or beside it where that is a checkpoint's, and the place where it was found."""
-    inside, beside = read_config(file), file.with_name(checkpoint.CONFIG)
-    if inside is not None:
-        return DiTConfig.from_dict(inside, f"the configuration in {file}"), file
-    if beside.is_file() and not torch_layout:
-        return DiTConfig.from_json(beside), beside
-    return None
-
-
-def _agreed(config: DiTConfig, found_in: Path, config_file: Path | None) -> DiTConfig:
-    if config_file is not None and (given := DiTConfig.from_json(config_file)) != config:
-        key = next(k for k, value in config.to_dict().items() if given.to_dict()[k] != value)
-        raise InputError(f"{config_file} contradicts {found_in}, which describes the weights, in {key!r}")
-    return config

@@ -11,7 +11,7 @@ The schedulers hold their betas in float32, which changes coefficients by 2e-4 w
 by less than the rounding of the model: both reference runs agree to 6e-6 of the largest value at every step.
 """
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,6 +20,7 @@ import paddle
 
 from latent_diffusion.errors import InputError
 from latent_diffusion.runtime import import_paddlenlp
+from latent_diffusion.sampling import draw_noise, evaluating, sample_generators
 from latent_diffusion.schedules import NoiseSchedule, spaced_timesteps, strided_timesteps
 
 from .modeling import DiT
@@ -114,21 +115,6 @@ def _on(scheduler: type, schedule: NoiseSchedule, **settings) -> Any:
     return scheduler(num_train_timesteps=len(schedule), trained_betas=schedule.betas, **settings)
 
 
-def sample_generators(seed: int, indices: Iterable[int]) -> list[np.random.Generator]:
-    """A generator for each sample, a function of (seed, index): what a sample is does not depend on its neighbors.
-
-    Args:
-        seed: at least 0.
-        indices: the samples' numbers, each at least 0.
-
-    Raises:
-        InputError: the seed is negative.
-    """
-    if seed < 0:
-        raise InputError(f"the seed must be at least 0, not {seed}")
-    return [np.random.default_rng([seed, index]) for index in indices]
-
-
 @paddle.no_grad()
 def sample_latents(
     model: DiT,
@@ -158,24 +144,15 @@ def sample_latents(
     """
     labels = _checked_labels(labels, model.config.num_classes)
     generators = sample_generators(seed, range(len(labels))) if isinstance(seed, int) else seed
-
-    def draw() -> paddle.Tensor:
-        shape = model.config.latent_shape
-        return paddle.to_tensor(np.stack([rng.standard_normal(shape, dtype=np.float32) for rng in generators]))
-
-    was_training = model.training
-    model.eval()
-    try:
-        latents = draw()
+    shape = model.config.latent_shape
+    with evaluating(model):
+        latents = draw_noise(generators, shape)
         for index in sampler.start():
             output = _predict(model, latents, int(sampler.timestep_map[index]), labels, guidance_scale)
-            latents = sampler.step(output, index, latents, draw())
+            latents = sampler.step(output, index, latents, draw_noise(generators, shape))
             if on_step:
                 on_step()
-        return latents
-    finally:
-        if was_training:
-            model.train()
+    return latents
 
 
 def _checked_labels(labels: Sequence[int] | np.ndarray | paddle.Tensor, num_classes: int) -> paddle.Tensor:

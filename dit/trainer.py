@@ -1,19 +1,15 @@
 """Training a DiT with PaddleNLP's Trainer: arguments, the trainer, and what the entry point calls."""
 
-import sys
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Optional
 
 import numpy as np
 import paddle
-from paddlenlp.trainer import set_seed
 
-from latent_diffusion.ema import EMA
 from latent_diffusion.errors import InputError
 from latent_diffusion.images import image_grid
 from latent_diffusion.objectives import Denoiser
-from latent_diffusion.trainer import LatentDiffusionTrainer, prepare_output
+from latent_diffusion.trainer import LatentDiffusionTrainer, run_training
 from latent_diffusion.training_arguments import SuiteArguments, SuiteTrainingArguments
 from latent_diffusion.vae import decode_latents, load_vae_for_images
 
@@ -43,13 +39,6 @@ class DiTArguments(SuiteArguments):
     )
     config_file: Optional[str] = field(
         default=None, metadata={"help": f"model configuration (config/*.json); without one, {DEFAULT_MODEL}"}
-    )
-    pretrained_model_name_or_path: Optional[str] = field(
-        default=None,
-        metadata={
-            "help": "start from these weights: a checkpoint folder, an official .pt file, or a pipeline folder of "
-            "ppdiffusers or diffusers"
-        },
     )
     resolution: Optional[int] = field(
         default=None, metadata={"help": "side of the images in pixels; without one the configuration's, or 256"}
@@ -95,27 +84,16 @@ def train(dit_args: DiTArguments, args: DiTTrainingArguments) -> None:
     Raises:
         InputError: whatever is wrong with flags or features, before training starts.
     """
-    if not args.do_train:
-        raise InputError("nothing to do: give --do_train")
     config = dit_args.model_config()
-    store = open_features(dit_args.feature_path, config, dit_args.use_flip)
-    resume = prepare_output(args)
-    logs_images = dit_args.image_logging_steps > 0 and args.should_save and "visualdl" in args.report_to
-    draw = _image_drawer(config, dit_args, args.seed) if logs_images else None
-
-    set_seed(args.seed)
-    pretrained = dit_args.pretrained_model_name_or_path
-    model, notes = build_model(config, pretrained and Path(pretrained), resume)
-    if args.should_save:
-        for note in notes:
-            print(f"note: {note}", file=sys.stderr)
-    if dit_args.enable_xformers_memory_efficient_attention:
-        model.enable_xformers_memory_efficient_attention()
-    ema = EMA(model, dit_args.ema_decay, dit_args.ema_warmup) if dit_args.use_ema else None
-    trainer = DiTTrainer(model, make_objective(), store, ema, args)
-    if draw:
-        trainer.log_images(draw, dit_args.image_logging_steps)
-    trainer.train(resume)
+    run_training(
+        DiTTrainer,
+        make_objective(),
+        open_features(dit_args.feature_path, config, dit_args.use_flip),
+        lambda resumed: build_model(config, dit_args.pretrained, resumed),
+        lambda: _image_drawer(config, dit_args, args.seed),
+        dit_args,
+        args,
+    )
 
 
 def _image_drawer(config: DiTConfig, dit_args: DiTArguments, seed: int):

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from latent_diffusion.errors import InputError
+from latent_diffusion.pretrained import COMPONENT_CONFIG
 from latent_diffusion.weights import is_torch_layout, transpose_linear
 
 from .configuration import DiTConfig
@@ -25,18 +26,9 @@ PIPELINE_NULL_CLASS = 1000
 EXACT_CLASS = "OfficialDiTTransformer2DModel"
 _CLASSES = ("Transformer2DModel", "DiTTransformer2DModel", EXACT_CLASS)
 
-CONFIG = "config.json"
 # The timestep convention that the weights were trained with, which the classes themselves cannot express. Both
 # libraries pass over keys that begin with an underscore.
 CONVENTION_KEY = "_timestep_convention"
-
-# Names under which such a folder holds its weights; which layout they have is told from their shapes.
-WEIGHT_FILES = (
-    "diffusion_pytorch_model.safetensors",
-    "diffusion_pytorch_model.bin",
-    "diffusion_paddle_model.safetensors",
-    "model_state.pdparams",
-)
 
 # What makes the transformer a DiT.
 _FIXED_ARGUMENTS = {
@@ -126,7 +118,7 @@ def from_transformer(weights: dict[str, np.ndarray], file: Path) -> tuple[DiTCon
     Raises:
         InputError: the configuration or the weights are not those of a DiT.
     """
-    config = _read_config(file.with_name(CONFIG))
+    config = _read_config(file.with_name(COMPONENT_CONFIG))
     if is_torch_layout(weights["proj_out_1.weight"]):
         weights = transpose_linear(weights)
     found = _renamed_back(weights, config.num_layers, file)

@@ -11,13 +11,20 @@ class Attention(nn.Layer):
     """Self-attention with one projection for queries, keys and values (timm's `Attention`; names as there).
 
     `memory_efficient` selects Paddle's flash / memory-efficient kernel on a GPU; on a CPU it changes nothing.
+
+    Args:
+        dim: width D, a multiple of `num_heads`.
+        qkv_bias: whether queries, keys and values have a bias.
+        float32_products: multiply queries, keys and values in float32 whatever the precision, unless the
+            memory-efficient kernel does it.
     """
 
-    def __init__(self, dim: int, num_heads: int):
+    def __init__(self, dim: int, num_heads: int, qkv_bias: bool = True, float32_products: bool = False):
         super().__init__()
         self.num_heads = num_heads
         self.memory_efficient = False
-        self.qkv = Linear(dim, 3 * dim)
+        self.float32_products = float32_products
+        self.qkv = Linear(dim, 3 * dim, bias_attr=None if qkv_bias else False)
         self.proj = Linear(dim, dim)
 
     def forward(self, x: paddle.Tensor) -> paddle.Tensor:
@@ -27,6 +34,9 @@ class Attention(nn.Layer):
             out = _batched_products(qkv, self.num_heads)
         elif self.memory_efficient:
             out = _fused(qkv, self.num_heads)
+        elif self.float32_products:
+            with paddle.amp.auto_cast(enable=False):
+                out = _plain(qkv.astype("float32"), self.num_heads).astype(qkv.dtype)
         else:
             out = _plain(qkv, self.num_heads)
         return self.proj(out)

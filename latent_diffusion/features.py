@@ -22,6 +22,10 @@ from .objectives import Objective
 # From Linux's prctl.h.
 PR_SET_PDEATHSIG = 1
 
+# Opening every file of ImageNet up front would take minutes on a network disk; names are all compared, and the files of
+# this many images, evenly spread, are opened. The others are checked when training reads them.
+IMAGES_CHECKED = 256
+
 
 def read_array(path: Path, shape: tuple[int, ...] | None = None) -> np.ndarray:
     """Reads one `.npy` file; leading axes of length 1 beyond `shape` are dropped. Nothing in the file is executed.
@@ -65,6 +69,11 @@ def list_arrays(folder: Path) -> list[str]:
     if all(name.removesuffix(".npy").isdecimal() for name in names):
         return sorted(names, key=lambda name: (int(name.removesuffix(".npy")), name))
     return sorted(names)
+
+
+def images_to_check(images: int) -> np.ndarray:
+    """Indices of the images, of `images`, whose files are opened before training."""
+    return np.unique(np.linspace(0, images - 1, min(IMAGES_CHECKED, images), dtype=int))
 
 
 class FeatureStore(ABC):

@@ -1,6 +1,7 @@
-"""Images in and out: reading and cropping as ADM does, and grids to look at."""
+"""Images in and out: reading and cropping as ADM or U-ViT does, and grids to look at."""
 
 import os
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import BinaryIO
 
@@ -11,6 +12,9 @@ from .errors import InputError
 
 # torchvision's, and .jpe.
 EXTENSIONS = (".jpg", ".jpeg", ".jpe", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
+
+# Pixels of a line in Pillow's default font.
+LINE_HEIGHT = 11
 
 
 def list_image_folder(root: Path) -> tuple[list[Path], list[int], list[str]]:
@@ -48,20 +52,43 @@ def _images_below(folder: Path) -> list[Path]:
     ]
 
 
-def read_image(path: Path, size: int) -> np.ndarray:
+def center_crop(image: Image.Image, size: int) -> np.ndarray:
+    """ADM's preprocessing (`center_crop_arr`): halve with a box filter, then bicubic, then cut out the center."""
+    while min(image.size) >= 2 * size:
+        image = image.resize(tuple(side // 2 for side in image.size), resample=Image.BOX)
+    scale = size / min(image.size)
+    image = image.resize(tuple(round(side * scale) for side in image.size), resample=Image.BICUBIC)
+    pixels = np.asarray(image)
+    top, left = (pixels.shape[0] - size) // 2, (pixels.shape[1] - size) // 2
+    return pixels[top : top + size, left : left + size]
+
+
+def crop_then_resize(image: Image.Image, size: int) -> np.ndarray:
+    """U-ViT's preprocessing for COCO (`center_crop` in `datasets.py`): cut out the center square, then Lanczos."""
+    side = min(image.size)
+    left, top = (image.width - side) // 2, (image.height - side) // 2
+    square = image.crop((left, top, left + side, top + side))
+    return np.asarray(square.resize((size, size), resample=Image.LANCZOS))
+
+
+# How an image becomes pixels uint8 [size, size, 3].
+Crop = Callable[[Image.Image, int], np.ndarray]
+
+
+def read_image(path: Path, size: int, crop: Crop = center_crop) -> np.ndarray:
     """Reads an image as RGB, resized and cropped to `size` pixels square: uint8 [H, W, 3].
 
     Raises:
         InputError: the file cannot be read, is no image, or has pixels of no known range.
     """
-    return decode_image(path, size, str(path))
+    return decode_image(path, size, str(path), crop)
 
 
-def decode_image(source: Path | BinaryIO, size: int, name: str) -> np.ndarray:
+def decode_image(source: Path | BinaryIO, size: int, name: str, crop: Crop = center_crop) -> np.ndarray:
     """As `read_image`, of a file or an open one; `name` says in an error which image is meant."""
     try:
         with Image.open(source) as image:
-            return center_crop(_as_rgb(image), size)
+            return crop(_as_rgb(image), size)
     except UnidentifiedImageError:
         # Pillow's message names the Python object that was read.
         raise InputError(f"cannot read the image {name}: it is damaged or of an unknown format") from None
@@ -76,17 +103,6 @@ def _as_rgb(image: Image.Image) -> Image.Image:
         # Pillow would cut values off at 255; 65535 = 257 * 255.
         image = Image.fromarray(np.rint(np.asarray(image) / 257).astype(np.uint8))
     return image.convert("RGB")
-
-
-def center_crop(image: Image.Image, size: int) -> np.ndarray:
-    """ADM's preprocessing (`center_crop_arr`): halve with a box filter, then bicubic, then cut out the center."""
-    while min(image.size) >= 2 * size:
-        image = image.resize(tuple(side // 2 for side in image.size), resample=Image.BOX)
-    scale = size / min(image.size)
-    image = image.resize(tuple(round(side * scale) for side in image.size), resample=Image.BICUBIC)
-    pixels = np.asarray(image)
-    top, left = (pixels.shape[0] - size) // 2, (pixels.shape[1] - size) // 2
-    return pixels[top : top + size, left : left + size]
 
 
 def image_grid(images: np.ndarray, columns: int, row_labels: list[str] | None = None) -> Image.Image:
@@ -111,3 +127,36 @@ def image_grid(images: np.ndarray, columns: int, row_labels: list[str] | None = 
     for row, label in enumerate(row_labels or []):
         draw.text((6, row * (height + 2) + height // 2 - 5), label, fill="black")
     return ImageOps.expand(grid, 2, "white")
+
+
+def captioned_grid(images: np.ndarray, captions: Sequence[str], columns: int) -> Image.Image:
+    """Arranges images row by row, each with its caption below, broken into lines of the image's width.
+
+    Args:
+        images: uint8 [N, H, W, 3].
+        captions: one text an image.
+        columns: images in a row.
+    """
+    height, width = images.shape[1:3]
+    texts = [_wrapped(caption, width) for caption in captions]
+    below = 4 + LINE_HEIGHT * max(text.count("\n") + 1 for text in texts)
+    tiles = []
+    for image, text in zip(images, texts, strict=True):
+        tile = Image.new("RGB", (width, height + below), "white")
+        tile.paste(Image.fromarray(image), (0, 0))
+        ImageDraw.Draw(tile).multiline_text((1, height + 2), text, fill="black", spacing=0)
+        tiles.append(np.asarray(tile))
+    return image_grid(np.stack(tiles), columns)
+
+
+def _wrapped(text: str, width: int) -> str:
+    """Breaks a text into lines of at most `width` pixels; a longer word has a line of its own."""
+    measure = ImageDraw.Draw(Image.new("RGB", (1, 1)))
+    lines = [""]
+    for word in text.split():
+        longer = f"{lines[-1]} {word}".strip()
+        if lines[-1] and measure.textlength(longer) > width:
+            lines.append(word)
+        else:
+            lines[-1] = longer
+    return "\n".join(lines)

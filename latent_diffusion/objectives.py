@@ -41,7 +41,48 @@ class Objective(ABC):
         """
 
 
-class LearnedRangeDDPM(Objective):
+class NoisePrediction(Objective):
+    """Noise prediction on a discrete schedule: simple MSE (DDPM, equation 14).
+
+    Args:
+        schedule: of T steps.
+        first_timestep: the timestep the backbone sees at the schedule's first step; timesteps are drawn evenly from it
+            on. 0 in DDPM and DiT, 1 in U-ViT, which counts 1..T.
+    """
+
+    def __init__(self, schedule: NoiseSchedule, first_timestep: int = 0):
+        self.schedule, self.first_timestep = schedule, first_timestep
+        columns = self._schedule_columns()
+        self._columns = list(columns)
+        self._table = paddle.to_tensor(np.stack(list(columns.values()), axis=1).astype("float32"))
+
+    def draw(self, rng: np.random.Generator, shape: tuple[int, ...]) -> dict[str, np.ndarray]:
+        t = np.int64(self.first_timestep + rng.integers(len(self.schedule)))
+        return {"t": t, "noise": rng.standard_normal(shape, dtype=np.float32)}
+
+    def q_sample(self, x_start: paddle.Tensor, t: paddle.Tensor, noise: paddle.Tensor) -> paddle.Tensor:
+        """Noisy latents at t, DDPM equation 4; all [B, C, H, W] but t [B]."""
+        at = self._at(t)
+        return at["signal"] * x_start + at["noise"] * noise
+
+    def losses(
+        self, denoise: Denoiser, latents: paddle.Tensor, t: paddle.Tensor, noise: paddle.Tensor
+    ) -> dict[str, paddle.Tensor]:
+        eps = denoise(self.q_sample(latents, t, noise), t).astype("float32")
+        return {"loss": _mean_flat((noise - eps) ** 2)}
+
+    def _schedule_columns(self) -> dict[str, np.ndarray]:
+        """What is looked up by timestep, each [T]."""
+        acp = self.schedule.alphas_cumprod
+        return {"signal": np.sqrt(acp), "noise": np.sqrt(1.0 - acp)}
+
+    def _at(self, t: paddle.Tensor) -> dict[str, paddle.Tensor]:
+        """The schedule's columns at t [B], each [B, 1, 1, 1]."""
+        rows = paddle.gather(self._table, t - self.first_timestep).reshape([t.shape[0], len(self._columns), 1, 1, 1])
+        return {name: rows[:, i] for i, name in enumerate(self._columns)}
+
+
+class LearnedRangeDDPM(NoisePrediction):
     """Noise prediction with a learned variance: simple MSE plus the variational bound, in bits per dimension.
 
     The bound trains the variance only (the mean is frozen in it) and is not rescaled: loss type `MSE` with
@@ -49,30 +90,16 @@ class LearnedRangeDDPM(Objective):
     the MSE alone.
     """
 
-    def __init__(self, schedule: NoiseSchedule):
-        self.schedule = schedule
-        acp = schedule.alphas_cumprod
-        columns = {
-            "signal": np.sqrt(acp),
-            "noise": np.sqrt(1.0 - acp),
+    def _schedule_columns(self) -> dict[str, np.ndarray]:
+        acp = self.schedule.alphas_cumprod
+        return super()._schedule_columns() | {
             "recip_signal": np.sqrt(1.0 / acp),
             "recip_noise": np.sqrt(1.0 / acp - 1.0),
-            "mean_x0": schedule.posterior_mean_coef1,
-            "mean_xt": schedule.posterior_mean_coef2,
-            "min_log": schedule.posterior_log_variance_clipped,
-            "max_log": np.log(schedule.betas),
+            "mean_x0": self.schedule.posterior_mean_coef1,
+            "mean_xt": self.schedule.posterior_mean_coef2,
+            "min_log": self.schedule.posterior_log_variance_clipped,
+            "max_log": np.log(self.schedule.betas),
         }
-        self._columns = list(columns)
-        self._table = paddle.to_tensor(np.stack(list(columns.values()), axis=1).astype("float32"))
-
-    def draw(self, rng: np.random.Generator, shape: tuple[int, ...]) -> dict[str, np.ndarray]:
-        t = np.int64(rng.integers(len(self.schedule)))
-        return {"t": t, "noise": rng.standard_normal(shape, dtype=np.float32)}
-
-    def q_sample(self, x_start: paddle.Tensor, t: paddle.Tensor, noise: paddle.Tensor) -> paddle.Tensor:
-        """Noisy latents at t, DDPM equation 4; all [B, C, H, W] but t [B]."""
-        at = self._at(t)
-        return at["signal"] * x_start + at["noise"] * noise
 
     def losses(
         self, denoise: Denoiser, latents: paddle.Tensor, t: paddle.Tensor, noise: paddle.Tensor
@@ -100,11 +127,6 @@ class LearnedRangeDDPM(Objective):
         kl = _mean_flat(_normal_kl(true_mean, true_log_variance, mean, log_variance))
         nll = -_mean_flat(_discretized_log_likelihood(x_start, mean, 0.5 * log_variance))
         return paddle.where(t == 0, nll, kl) / math.log(2.0)
-
-    def _at(self, t: paddle.Tensor) -> dict[str, paddle.Tensor]:
-        """The schedule's columns at t [B], each [B, 1, 1, 1]."""
-        rows = paddle.gather(self._table, t).reshape([t.shape[0], len(self._columns), 1, 1, 1])
-        return {name: rows[:, i] for i, name in enumerate(self._columns)}
 
 
 def _mean_flat(x: paddle.Tensor) -> paddle.Tensor:

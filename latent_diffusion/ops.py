@@ -28,14 +28,32 @@ def modulate(x: paddle.Tensor, shift: paddle.Tensor, scale: paddle.Tensor) -> pa
 
 
 class Linear(nn.Linear):
-    """`nn.Linear` for x [..., in] -> [..., out]; weight [in, out], bias [out]."""
+    """`nn.Linear` for x [..., in] -> [..., out]; weight [in, out], bias [out] or none."""
 
     def forward(self, x: paddle.Tensor) -> paddle.Tensor:
         if not on_cpu(x):
             return super().forward(x)
         rows = x.reshape([-1, x.shape[-1]])
-        bias = paddle.matmul(paddle.ones([rows.shape[0], 1], rows.dtype), self.bias.unsqueeze(0))
-        return (paddle.matmul(rows, self.weight) + bias).reshape([*x.shape[:-1], self.weight.shape[1]])
+        out = paddle.matmul(rows, self.weight)
+        if self.bias is not None:
+            out = out + _every_row(self.bias, rows.shape[0])
+        return out.reshape([*x.shape[:-1], self.weight.shape[1]])
+
+
+class LayerNorm(nn.LayerNorm):
+    """`nn.LayerNorm` over the last axis, with scale and shift; epsilon 1e-5."""
+
+    def forward(self, x: paddle.Tensor) -> paddle.Tensor:
+        if not on_cpu(x):
+            return super().forward(x)
+        rows = layer_norm(x, self._epsilon).reshape([-1, x.shape[-1]])
+        count = rows.shape[0]
+        return (rows * _every_row(self.weight, count) + _every_row(self.bias, count)).reshape(x.shape)
+
+
+def _every_row(v: paddle.Tensor, rows: int) -> paddle.Tensor:
+    """`v` [D] repeated: [rows, D]."""
+    return paddle.matmul(paddle.ones([rows, 1], v.dtype), v.unsqueeze(0))
 
 
 def layer_norm(x: paddle.Tensor, epsilon: float = 1e-6) -> paddle.Tensor:

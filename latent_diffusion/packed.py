@@ -1,4 +1,4 @@
-"""The packed layout: the records of all images in about a hundred files, made to be memory-mapped.
+"""The packed layout: all records of a set in about a hundred files, made to be memory-mapped.
 
 manifest.json     contents, counts, skipped images, and the files below with their SHA-256
 shard-00000.npy   [n, V, C, H, W], record 0 onward; 12,800 records a full shard
@@ -19,6 +19,7 @@ from .errors import InputError
 from .progress import progress
 from .records import (
     Contents,
+    ImageContents,
     RecordReader,
     RecordWriter,
     claim_manifest,
@@ -97,7 +98,7 @@ class PackedWriter(RecordWriter):
                 files.append({"file": shard.path.name, "records": shard.records, "sha256": file_sha256(shard.path)})
                 bar.update()
         found = {
-            "images": self.contents.records - len(self.absent()),
+            f"{self.contents.unit}s": self.contents.records - len(self.absent()),
             "skipped": skipped,
             "shards": files,
             "labels": {"file": LABELS, "sha256": file_sha256(self.labels)},
@@ -132,14 +133,19 @@ class PackedReader(RecordReader):
     A process maps a shard when it first reads from it and keeps the map, so that it has one open file a shard at most
     (101 for ImageNet); the pages read are the system's cache, shared by all processes.
 
+    Args:
+        folder: in the packed layout.
+        kind: of what the records are to be the features.
+
     Attributes:
         labels: int64 [records]; `ABSENT` where there is none.
 
     Raises:
-        InputError: the manifest or a file is damaged; a file has not the size that the manifest says.
+        InputError: the manifest or a file is damaged; a file has not the size that the manifest says; or the records
+            are of another kind.
     """
 
-    def __init__(self, folder: Path):
+    def __init__(self, folder: Path, kind: type[Contents] = ImageContents):
         self.folder, self.manifest_path = folder, folder / MANIFEST
         manifest = read_manifest(self.manifest_path)
         for name, expected in LAYOUT.items():
@@ -148,7 +154,7 @@ class PackedReader(RecordReader):
                     f"{self.manifest_path} has {name} {manifest.get(name)!r}, not {expected!r}: it is not of packed "
                     "features that this version reads"
                 )
-        self.contents = Contents.from_manifest(manifest, self.manifest_path)
+        self.contents = kind.from_manifest(manifest, self.manifest_path)
         self.skipped = skipped_images(manifest, self.manifest_path)
         self._shards = self._listed_shards(manifest)
         self._firsts = [shard.first for shard in self._shards]

@@ -1,7 +1,8 @@
 """Records of features: what they are, and what every layout that keeps them on disk can do.
 
-A record holds the features of one image, `[V, C, H, W]`: V = 1, or 2 where the mirrored image comes second. Its label
-is a class. Records are numbered as the images they come from; an image that cannot be read leaves its number unused.
+A record is `[V, C, H, W]`. Of an image, V is 1, or 2 where the mirrored image comes second; its label is a class or
+another number that tells what it is. Of a text, it is `[1, 1, L, D]`; its label is the number of its image. Records are
+numbered as what they come from; an image that cannot be read may leave its number unused.
 """
 
 import dataclasses
@@ -10,65 +11,59 @@ import json
 import math
 import os
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 
 from .errors import InputError
 from .files import replace_file
 
-LATENTS, MOMENTS = "latents", "moments"
-
-# How images become squares: `latent_diffusion.images.center_crop`.
-CROP = "center, ADM"
+LATENTS, MOMENTS, CONTEXTS = "latents", "moments", "contexts"
 
 _BLOCK = 1 << 22
 
 
+def is_count(value: object) -> bool:
+    """Whether a value of a JSON file is an integer of at least 1."""
+    return type(value) is int and value >= 1
+
+
+def _is_text(value: object) -> bool:
+    return value is None or isinstance(value, str)
+
+
 @dataclass(frozen=True)
 class Contents:
-    """What a set of records is; part of its manifest.
+    """What a set of records is; part of its manifest. A subclass says what they are the features of.
 
     Attributes:
-        content: "latents" (samples of the posterior, scaled: C channels) or "moments" (means and log variances as the
-            VAE gives them, unscaled: 2 C channels).
-        record_shape: (V, C or 2 C, H, W).
+        unit: what a record is the features of: "image" or "caption".
+        content: what the numbers are.
+        record_shape: (V, C, H, W).
         dtype: "float16" or "float32".
         records: how many numbers there are, those without a record included.
-        resolution: side of the images in pixels.
-        scaling_factor: what latents of this VAE are multiplied by.
-        vae: name or path of the VAE; None where unknown, as the next three.
-        crop: how images became squares.
-        seed: of the posterior samples; None for moments too.
-        classes: class names by label.
-        image_list_sha256: `image_list_sha256` of the images, by number; None where unknown.
     """
 
     content: str
     record_shape: tuple[int, int, int, int]
     dtype: str
     records: int
-    resolution: int
-    scaling_factor: float
-    vae: str | None = None
-    crop: str | None = None
-    seed: int | None = None
-    classes: tuple[str, ...] | None = None
-    image_list_sha256: str | None = None
+
+    unit: ClassVar[str]
+    # What a manifest may hold under the name of an attribute.
+    VALID: ClassVar[dict[str, Callable[[Any], bool]]] = {
+        "record_shape": lambda value: isinstance(value, list) and len(value) == 4 and all(map(is_count, value)),
+        "dtype": lambda value: value in ("float16", "float32"),
+        "records": is_count,
+    }
 
     @property
     def views(self) -> int:
         """V: 2 with mirrored images, else 1."""
         return self.record_shape[0]
-
-    @property
-    def latent_shape(self) -> tuple[int, int, int]:
-        """(C, H, W) of a latent."""
-        channels, height, width = self.record_shape[1:]
-        return channels // 2 if self.content == MOMENTS else channels, height, width
 
     @property
     def record_bytes(self) -> int:
@@ -86,42 +81,96 @@ class Contents:
         Raises:
             InputError: a value is missing or cannot be.
         """
-        for name, is_valid in _VALID.items():
+        for name, is_valid in cls.VALID.items():
             if not is_valid(values.get(name)):
                 raise InputError(f"{path} has {values.get(name)!r} for {name!r}, which cannot be; it is damaged")
-        shape, classes = tuple(values["record_shape"]), values.get("classes")
-        if values["content"] == MOMENTS and shape[1] % 2:
-            raise InputError(f"{path} has record_shape {list(shape)}: moments have an even number of channels")
-        plain = {name: values.get(name) for name in _VALID if name not in ("record_shape", "classes")}
-        return cls(record_shape=shape, classes=None if classes is None else tuple(classes), **plain)
+        known = {field.name: values.get(field.name) for field in dataclasses.fields(cls)}
+        return cls(**{name: tuple(value) if isinstance(value, list) else value for name, value in known.items()})
 
 
-def is_count(value: object) -> bool:
-    """Whether a value of a JSON file is an integer of at least 1."""
-    return type(value) is int and value >= 1
+@dataclass(frozen=True)
+class ImageContents(Contents):
+    """What a set of features of images is.
+
+    Attributes:
+        content: "latents" (samples of the posterior, scaled: C channels) or "moments" (means and log variances as the
+            VAE gives them, unscaled: 2 C channels).
+        record_shape: (V, C or 2 C, H, W), V = 2 with mirrored images.
+        resolution: side of the images in pixels.
+        scaling_factor: of the VAE, what its latents are multiplied by; moments are not.
+        vae: name or path of the VAE; None where unknown, as the next three.
+        crop: how images became squares.
+        seed: of the posterior samples; None for moments too.
+        classes: class names by label; None where labels are no classes too.
+        image_list_sha256: `image_list_sha256` of the images, by number; None where unknown.
+    """
+
+    resolution: int
+    scaling_factor: float
+    vae: str | None = None
+    crop: str | None = None
+    seed: int | None = None
+    classes: tuple[str, ...] | None = None
+    image_list_sha256: str | None = None
+
+    unit = "image"
+    VALID = Contents.VALID | {
+        "content": lambda value: value in (LATENTS, MOMENTS),
+        "record_shape": lambda value: Contents.VALID["record_shape"](value) and value[0] <= 2,
+        "resolution": is_count,
+        "scaling_factor": lambda value: type(value) in (int, float) and 0 < value < math.inf,
+        "vae": _is_text,
+        "crop": _is_text,
+        "seed": lambda value: value is None or type(value) is int,
+        "classes": lambda value: (
+            value is None or (isinstance(value, list) and all(isinstance(name, str) for name in value))
+        ),
+        "image_list_sha256": _is_text,
+    }
+
+    @property
+    def latent_shape(self) -> tuple[int, int, int]:
+        """(C, H, W) of a latent."""
+        channels, height, width = self.record_shape[1:]
+        return channels // 2 if self.content == MOMENTS else channels, height, width
+
+    @classmethod
+    def from_manifest(cls, values: dict[str, Any], path: Path) -> "ImageContents":
+        contents = super().from_manifest(values, path)
+        if contents.content == MOMENTS and contents.record_shape[1] % 2:
+            raise InputError(
+                f"{path} has record_shape {list(contents.record_shape)}: moments have an even number of channels"
+            )
+        return contents
 
 
-def _is_text(value: object) -> bool:
-    return value is None or isinstance(value, str)
+@dataclass(frozen=True)
+class TextContents(Contents):
+    """What a set of features of texts is.
 
+    Attributes:
+        content: "contexts", outputs of a text encoder.
+        record_shape: (1, 1, L, D): tokens with the padding, and width of the text encoder.
+        text_encoder: name or path of the text encoder.
+        tokenizer: name or path of its tokenizer.
+        text_list_sha256: a checksum of the texts, by number.
+    """
 
-_VALID = {
-    "content": lambda value: value in (LATENTS, MOMENTS),
-    "record_shape": lambda value: (
-        isinstance(value, list) and len(value) == 4 and all(map(is_count, value)) and value[0] <= 2
-    ),
-    "dtype": lambda value: value in ("float16", "float32"),
-    "records": is_count,
-    "resolution": is_count,
-    "scaling_factor": lambda value: type(value) in (int, float) and 0 < value < math.inf,
-    "vae": _is_text,
-    "crop": _is_text,
-    "seed": lambda value: value is None or type(value) is int,
-    "classes": lambda value: (
-        value is None or (isinstance(value, list) and all(isinstance(name, str) for name in value))
-    ),
-    "image_list_sha256": _is_text,
-}
+    text_encoder: str
+    tokenizer: str
+    text_list_sha256: str
+
+    unit = "caption"
+    VALID = Contents.VALID | {
+        "content": lambda value: value == CONTEXTS,
+        "record_shape": lambda value: Contents.VALID["record_shape"](value) and value[:2] == [1, 1],
+        **dict.fromkeys(("text_encoder", "tokenizer", "text_list_sha256"), lambda value: isinstance(value, str)),
+    }
+
+    @property
+    def context_shape(self) -> tuple[int, int]:
+        """(L, D) of an encoded text."""
+        return self.record_shape[2:]
 
 
 class RecordWriter(ABC):

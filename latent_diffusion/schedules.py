@@ -40,6 +40,11 @@ class NoiseSchedule:
         """The linear schedule of DDPM, which DiT trains with."""
         return cls(np.linspace(start, end, steps))
 
+    @classmethod
+    def scaled_linear(cls, steps: int = 1000, start: float = 0.00085, end: float = 0.0120) -> "NoiseSchedule":
+        """The schedule of Stable Diffusion, which U-ViT trains on: the roots of the betas are linear."""
+        return cls(np.linspace(start**0.5, end**0.5, steps) ** 2)
+
     def respaced(self, timesteps: np.ndarray) -> "NoiseSchedule":
         """The process that visits only `timesteps` (ascending): index i of the result stands for `timesteps[i]`."""
         kept = self.alphas_cumprod[timesteps]

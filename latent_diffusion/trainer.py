@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import paddle
-from paddlenlp.trainer import PrinterCallback, Trainer
+from paddlenlp.trainer import PrinterCallback, Trainer, set_seed
 from paddlenlp.trainer import ProgressCallback as PaddleNLPProgressCallback
 from paddlenlp.trainer.integrations import VisualDLCallback
 from paddlenlp.trainer.trainer_utils import ShardingOption
@@ -20,6 +20,7 @@ from .errors import InputError
 from .features import FeatureStore, StreamBatchSampler, TrainingLoader, TrainingStream
 from .meter import Meter
 from .objectives import Denoiser, Objective
+from .training_arguments import SuiteArguments, SuiteTrainingArguments
 from .weights import read_paddle, write_paddle
 
 
@@ -200,6 +201,48 @@ class LatentDiffusionTrainer(Trainer):
         rng_file = folder / self._rng_file()
         if rng_file.is_file():
             checkpoint.set_rng_state(read_paddle(rng_file))
+
+
+def run_training(
+    trainer_class: type[LatentDiffusionTrainer],
+    objective: Objective,
+    store: FeatureStore,
+    build_model: Callable[[Path | None], tuple[paddle.nn.Layer, list[str]]],
+    make_drawer: Callable[[], Callable[[paddle.nn.Layer], dict[str, np.ndarray]] | None],
+    suite_args: SuiteArguments,
+    args: SuiteTrainingArguments,
+) -> None:
+    """Trains as the flags say; resumes from the newest checkpoint of the output folder if there is one.
+
+    Args:
+        trainer_class: the system's.
+        objective: makes the loss.
+        store: the features.
+        build_model: gives the network to begin with, and sentences about it, for the checkpoint folder that is resumed
+            or None.
+        make_drawer: gives what `log_images` takes, or None where no images can be drawn.
+        suite_args: flags of this suite.
+        args: flags of PaddleNLP.
+
+    Raises:
+        InputError: whatever is wrong with the output folder, a checkpoint or the flags, before training starts.
+    """
+    resume = prepare_output(args)
+    logs_images = suite_args.image_logging_steps > 0 and args.should_save and "visualdl" in args.report_to
+    draw = make_drawer() if logs_images else None
+
+    set_seed(args.seed)
+    model, notes = build_model(resume)
+    if args.should_save:
+        for note in notes:
+            print(f"note: {note}", file=sys.stderr)
+    if suite_args.enable_xformers_memory_efficient_attention:
+        model.enable_xformers_memory_efficient_attention()
+    ema = EMA(model, suite_args.ema_decay, suite_args.ema_warmup) if suite_args.use_ema else None
+    trainer = trainer_class(model, objective, store, ema, args)
+    if draw:
+        trainer.log_images(draw, suite_args.image_logging_steps)
+    trainer.train(resume)
 
 
 def prepare_output(args) -> Path | None:

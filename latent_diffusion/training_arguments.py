@@ -2,6 +2,7 @@
 
 import sys
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Optional
 
 import paddle
@@ -19,6 +20,13 @@ class SuiteArguments:
 
     _argument_group_name = "this suite's own flags"
 
+    pretrained_model_name_or_path: Optional[str] = field(
+        default=None,
+        metadata={
+            "help": "start from these weights: a checkpoint folder, a weight file of the official code, or a pipeline "
+            "folder"
+        },
+    )
     use_ema: bool = field(default=True, metadata={"help": "keep an exponential moving average of the weights"})
     ema_decay: float = field(default=0.9999, metadata={"help": "decay of that average"})
     ema_warmup: bool = field(
@@ -35,6 +43,11 @@ class SuiteArguments:
     enable_xformers_memory_efficient_attention: bool = field(
         default=False, metadata={"help": "use Paddle's flash / memory-efficient attention (GPU)"}
     )
+
+    @property
+    def pretrained(self) -> Path | None:
+        """The weights to start from."""
+        return Path(self.pretrained_model_name_or_path) if self.pretrained_model_name_or_path else None
 
     def __post_init__(self):
         if not 0.0 <= self.ema_decay < 1.0:
@@ -78,6 +91,8 @@ class SuiteTrainingArguments(TrainingArguments):
         self.ignore_data_skip = True
 
     def _check(self) -> None:
+        if not self.do_train:
+            raise InputError("nothing to do: give --do_train")
         for name in ("per_device_train_batch_size", "gradient_accumulation_steps", "logging_steps", "save_steps"):
             if getattr(self, name) < 1:
                 raise InputError(f"--{name} must be at least 1, not {getattr(self, name)}")

@@ -202,6 +202,26 @@ def read_safetensors(path: str | os.PathLike) -> dict[str, np.ndarray]:
         return {name: _safetensor(**tensor) for name, tensor in tensors}
 
 
+def read_object_array(path: str | os.PathLike) -> list[Any]:
+    """Reads an `.npy` file of an object array with one axis: a pickle, of which nothing is executed.
+
+    Returns:
+        The array's elements: NumPy arrays and plain Python values.
+
+    Raises:
+        InputError: the file is missing, empty, damaged or in another format, or asks for anything but arrays.
+    """
+    path = _existing(path)
+    with _refusing(path, "numpy.save"), path.open("rb") as file:
+        version = np.lib.format.read_magic(file)
+        _require(version == (1, 0), f"version {version} of the format")
+        shape, _, dtype = np.lib.format.read_array_header_1_0(file)
+        _require(dtype.kind == "O" and len(shape) == 1, f"an array of {dtype} {shape}, where objects were expected")
+        content = _plain(_Unpickler(file, path, _NUMPY_GLOBALS).load())
+        _require(type(content) is list and (len(content),) == shape, "a pickle that is not of its array")
+        return content
+
+
 def write_paddle(path: str | os.PathLike, state: dict) -> None:
     """Writes `state` (tensors, arrays, nested dicts, plain values) with `paddle.save`, whole or not at all.
 
@@ -436,13 +456,22 @@ class _DType(_Restorable):
         _require(little_endian and state == (3, state[1], None, None, None, -1, -1, 0), "a malformed dtype")
 
 
+class _ObjectDType(_Restorable):
+    def restore(self, state: Any) -> None:
+        _require(state == (3, "|", None, None, None, -1, -1, 63), "a malformed dtype")
+
+
 class _Array(_Restorable):
-    def __init__(self, value: np.ndarray | None = None):
+    def __init__(self, value: np.ndarray | list | None = None):
         self.value = value
 
     def restore(self, state: Any) -> None:
         _require(self.value is None and type(state) is tuple and len(state) == 5, "a malformed array")
         version, shape, dtype, fortran_order, data = state
+        if type(dtype) is _ObjectDType:
+            _require(type(data) is list, "a malformed array")
+            self.value = data
+            return
         _require(version == 1 and type(dtype) is _DType and _is_sizes(shape), "a malformed array")
         size = math.prod(shape) * dtype.value.itemsize
         _require(type(data) is bytes and len(data) == size, "an array whose data does not have the claimed size")
@@ -459,7 +488,7 @@ class _StorageType:
         self.dtype = np.dtype(dtype)
 
 
-# What the names in a file stand for: Paddle
+# What the names in a file stand for: NumPy and Paddle
 
 
 def _new_ndarray(kind: Any, shape: Any, typecode: Any) -> _Array:
@@ -469,6 +498,10 @@ def _new_ndarray(kind: Any, shape: Any, typecode: Any) -> _Array:
 
 def _new_dtype(*arguments: Any) -> _DType:
     return _DType(*arguments)
+
+
+def _new_any_dtype(*arguments: Any) -> _DType | _ObjectDType:
+    return _ObjectDType() if arguments[:1] == ("O8",) else _DType(*arguments)
 
 
 def _scalar(dtype: Any, data: Any) -> bool | int | float | complex:
@@ -505,12 +538,18 @@ def _ordered_dict(pairs: Any = ()) -> _OrderedDict:
     return _OrderedDict(pairs)
 
 
-_PADDLE_GLOBALS = {
+_ARRAY_GLOBALS = {
     "numpy.core.multiarray._reconstruct": _new_ndarray,
     "numpy._core.multiarray._reconstruct": _new_ndarray,
+    "numpy.ndarray": _NDARRAY,
+}
+
+# What `numpy.save` names for an object array of arrays and plain values.
+_NUMPY_GLOBALS = _ARRAY_GLOBALS | {"numpy.dtype": _new_any_dtype}
+
+_PADDLE_GLOBALS = _ARRAY_GLOBALS | {
     "numpy.core.multiarray.scalar": _scalar,
     "numpy._core.multiarray.scalar": _scalar,
-    "numpy.ndarray": _NDARRAY,
     "numpy.dtype": _new_dtype,
     "collections.OrderedDict": _ordered_dict,
     "_codecs.encode": _encoded,
@@ -691,6 +730,8 @@ def _plain_value(content: Any, done: dict[int, Any]) -> Any:
         return content
     if type(content) is _Array:
         _require(content.value is not None, "an array without data")
+        if type(content.value) is list:
+            return _plain(content.value, done)
         return _float32_of_bfloat16(content.value)
     if isinstance(content, dict):
         _require(all(type(key) in (str, int) for key in content), "a dict key that is neither text nor a number")

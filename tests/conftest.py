@@ -186,3 +186,47 @@ def vae_folder(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("vae")
     vae.save_pretrained(str(folder), safe_serialization=False)
     return folder
+
+
+def write_clip(folder: Path, width: int, length: int) -> Path:
+    """Writes a folder of PaddleNLP with a tokenizer of CLIP in it: a small text encoder with random weights.
+
+    It takes `length` tokens and gives `width` values for each.
+    """
+    runtime.import_paddlenlp()
+    from ppdiffusers.transformers import CLIPTextConfig, CLIPTextModel
+
+    merges = ["t h", "th e</w>", "d i", "di g", "dig i", "digi t</w>"]
+    tokens = [letter + end for end in ("", "</w>") for letter in "abcdefghijklmnopqrstuvwxyz0123456789!',."]
+    tokens += [merge.replace(" ", "") for merge in merges] + ["<|startoftext|>", "<|endoftext|>"]
+    (folder / "vocab.json").write_text(json.dumps({token: i for i, token in enumerate(tokens)}))
+    (folder / "merges.txt").write_text("\n".join(["#version: 0.2", *merges, ""]))
+    paddle.seed(0)
+    model = CLIPTextModel(
+        CLIPTextConfig(
+            vocab_size=len(tokens),
+            hidden_size=width,
+            intermediate_size=64,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            max_position_embeddings=length,
+            hidden_act="gelu",
+            layer_norm_eps=1e-3,
+        )
+    )
+    for parameter in model.parameters():
+        parameter.set_value(0.3 * paddle.randn(parameter.shape))
+    model.save_pretrained(str(folder), safe_serialization=False)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def clip_folder(tmp_path_factory) -> Path:
+    """From `write_clip`: 12 tokens, 16 values for each."""
+    return write_clip(tmp_path_factory.mktemp("clip"), width=16, length=12)
+
+
+@pytest.fixture(scope="session")
+def coco_clip_folder(tmp_path_factory) -> Path:
+    """From `write_clip`: contexts of the shape of the reference features of U-ViT."""
+    return write_clip(tmp_path_factory.mktemp("coco_clip"), width=32, length=7)

@@ -299,7 +299,7 @@ BAD = {
     "damaged checkpoint": "trainer_state.json does not say how far the run had come",
     "no features": "nowhere/imagenet64_features does not exist",
     "no images": "the image folder nowhere does not exist",
-    "other VAE": "vae_tiny makes latents of 1/2 of the image's side; DiT takes 1/8",
+    "other VAE": "vae_tiny makes latents of 1/2 of the image's side; the model takes 1/8",
     "nothing to resume": "--resume found no experiment of tiny with a checkpoint in results",
     "no weights": "the model file nowhere.pt does not exist",
     "other weights": "choose the configuration of the trained weights",

@@ -249,7 +249,7 @@ def test_a_vae_of_other_channels_is_refused(vae_folder, tmp_path):
 
 
 def test_a_vae_of_another_downsampling_is_refused(make_mini_dit, tmp_path):
-    with pytest.raises(InputError, match="vae_tiny makes latents of 1/2 of the image's side; DiT takes 1/8"):
+    with pytest.raises(InputError, match="vae_tiny makes latents of 1/2 of the image's side; the model takes 1/8"):
         export_pipeline(make_mini_dit("ema"), str(TINY_VAE), tmp_path / "out", None)
     assert not (tmp_path / "out").exists()
 

@@ -8,19 +8,19 @@ import paddle
 import pytest
 from PIL import Image
 
-from dit import extraction, feature_files
+from dit import feature_files
 from dit.configuration import DiTConfig
 from dit.extraction import ExtractionSettings, extract_features
 from dit.feature_files import FeatureFilesWriter
 from dit.features import open_features
-from latent_diffusion import packed
+from latent_diffusion import extraction, packed
 from latent_diffusion.errors import InputError
 from latent_diffusion.images import read_image
 from latent_diffusion.packed import PackedWriter, is_packed
 from latent_diffusion.vae import encode_moments, load_vae, sample_moments
 
 CONFIG = DiTConfig(8, 2, 4, 1, 2, 8, num_classes=2)
-WRITES = {"files": "_write", "packed": "_write_rows"}
+WRITES = {"files": "write_file", "packed": "_write_rows"}
 TINY_VAE = Path(__file__).parents[1] / "data" / "vae" / "vae_tiny"
 
 
@@ -103,7 +103,7 @@ def interrupt_after(monkeypatch, module, function: str, calls: int) -> None:
 
 @pytest.mark.parametrize(
     ("layout", "module", "function", "calls"),
-    [("files", feature_files, "_write", calls) for calls in (1, 2, 3, 6, 9)]
+    [("files", feature_files, "write_file", calls) for calls in (1, 2, 3, 6, 9)]
     + [("files", Path, "replace", 4)]
     + [("packed", packed, "_allocate", calls) for calls in (0, 1, 2)]
     + [("packed", packed, "_write_rows", calls) for calls in (0, 1, 2, 5)]
@@ -308,6 +308,8 @@ def test_counts_below_one_are_refused(images, vae, tmp_path, setting):
 def test_a_vae_of_another_downsampling_is_refused_before_anything_is_written(tmp_path, images, layout):
     vae = load_vae(str(TINY_VAE))
     settings = ExtractionSettings(vae="vae_tiny", resolution=64, layout=layout)
-    with pytest.raises(InputError, match="the VAE vae_tiny makes latents of 1/2 of the image's side; DiT takes 1/8"):
+    with pytest.raises(
+        InputError, match="the VAE vae_tiny makes latents of 1/2 of the image's side; the model takes 1/8"
+    ):
         extract_features(images, tmp_path / "out", settings, vae)
     assert not list(tmp_path.iterdir())

@@ -10,7 +10,7 @@ from dit.feature_files import FeatureFilesWriter, feature_folders
 from latent_diffusion import packed
 from latent_diffusion.errors import InputError
 from latent_diffusion.packed import PackedReader, PackedWriter
-from latent_diffusion.records import Contents
+from latent_diffusion.records import ImageContents
 
 
 @pytest.fixture(autouse=True)
@@ -23,7 +23,7 @@ def extracted(folder: Path, writer_class, content="latents", views=2, dtype="flo
     """A folder of twelve images with everything extraction writes."""
     channels = 4 if content == "latents" else 8
     shape = (views, channels, 8, 8)
-    contents = Contents(content, shape, dtype, 12, 64, 0.5, "tiny", "center, ADM", 3, ("cat", "dog"), "a1b2")
+    contents = ImageContents(content, shape, dtype, 12, 64, 0.5, "tiny", "center, ADM", 3, ("cat", "dog"), "a1b2")
     records = np.random.default_rng(0).standard_normal((12, *shape)).astype(dtype)
     kept = [number for number in range(12) if number not in skipped]
     writer = writer_class(folder, contents)

@@ -3,17 +3,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from dit import features
 from dit.configuration import DiTConfig
 from dit.feature_conversion import convert_features
 from dit.feature_files import feature_folders
 from dit.features import FastDiTFeatures, PackedFeatures, open_features
-from latent_diffusion import packed
+from latent_diffusion import features, packed
 from latent_diffusion.errors import InputError
 from latent_diffusion.features import StreamBatchSampler, TrainingLoader, TrainingStream
 from latent_diffusion.objectives import LearnedRangeDDPM
 from latent_diffusion.packed import PackedWriter
-from latent_diffusion.records import Contents
+from latent_diffusion.records import ImageContents
 from latent_diffusion.schedules import NoiseSchedule
 
 SHAPE = (4, 8, 8)
@@ -131,7 +130,7 @@ def test_labels_are_replaced_by_the_null_class_at_the_rate(tmp_path, rate, least
 @pytest.mark.parametrize("workers", [0, 2])
 def test_a_bad_file_met_later_is_named(tmp_path, monkeypatch, workers):
     """Up front only some files are opened; the others are checked when they are read, in a worker or not."""
-    monkeypatch.setattr(features, "FILES_CHECKED", 2)
+    monkeypatch.setattr(features, "IMAGES_CHECKED", 2)
     write(tmp_path, range(10))
     bad = tmp_path / "imagenet64_features" / "4.npy"
     bad.write_bytes(bad.read_bytes()[:200])
@@ -151,7 +150,7 @@ def write_packed(root: Path, count: int = 3, content: str = "moments", views: in
     mirrored = np.concatenate([-MEANS, 2 * np.log(STDS)])[:, None, None] * np.ones((8, 8))
     channels = 8 if content == "moments" else 4
     record = np.stack([values, mirrored])[:views, :channels]
-    writer = PackedWriter(root, Contents(content, record.shape, "float16", count, 64, 0.25))
+    writer = PackedWriter(root, ImageContents(content, record.shape, "float16", count, 64, 0.25))
     writer.claim()
     writer.write(range(count), np.stack([record] * count), list(range(count)) if labels is None else labels)
     writer.finish([])

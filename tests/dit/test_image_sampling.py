@@ -2,10 +2,11 @@ import numpy as np
 import pytest
 
 from dit.image_sampling import ImageSampler, load_image_sampler
-from dit.sampling import sample_generators, sample_latents
+from dit.sampling import sample_latents
 from dit.sampling_arguments import add_sampling_arguments
 from latent_diffusion.command_line import ArgumentParser
 from latent_diffusion.errors import InputError
+from latent_diffusion.sampling import sample_generators
 from latent_diffusion.vae import decode_latents
 
 from ..conftest import DATA, dit_config
@@ -67,7 +68,7 @@ def test_a_vae_of_other_channels_is_refused(load, monkeypatch):
 
 
 def test_a_vae_of_another_downsampling_is_refused(load):
-    with pytest.raises(InputError, match="vae_tiny makes latents of 1/2 of the image's side; DiT takes 1/8"):
+    with pytest.raises(InputError, match="vae_tiny makes latents of 1/2 of the image's side; the model takes 1/8"):
         load("--vae", str(DATA.parent / "vae" / "vae_tiny"))
 
 

@@ -18,6 +18,7 @@ from dit.official import save_official
 from dit.pretrained import fine_tune, load_dit, read_pretrained, start_from
 from latent_diffusion import checkpoint
 from latent_diffusion.errors import InputError
+from latent_diffusion.transformer import unpatchify
 from latent_diffusion.weights import read_torch, read_weights, transpose_linear, write_paddle, write_torch
 
 from ..conftest import DATA, TINY
@@ -227,7 +228,8 @@ def test_a_diffusers_transformer_computes_what_diffusers_does(hf_folder):
         tokens = [first.x_embedder(x) + first.pos_embed]
         for block, condition in zip(first.blocks, conditions, strict=True):
             tokens.append(block(tokens[-1], condition))
-        out = first._unpatchify(first.final_layer(tokens[-1], conditions[0]))
+        patches = first.final_layer(tokens[-1], conditions[0])
+        out = unpatchify(patches, first.config.patch_size, first.config.out_channels)
     for name, found in {
         "tokens_in": tokens[0],
         "conditioning.0": conditions[0],

@@ -5,8 +5,9 @@ import pytest
 from dit import sampling
 from dit.configuration import DiTConfig
 from dit.modeling import DiT
-from dit.sampling import make_sampler, sample_generators, sample_latents
+from dit.sampling import make_sampler, sample_latents
 from latent_diffusion.errors import InputError
+from latent_diffusion.sampling import sample_generators
 from latent_diffusion.schedules import NoiseSchedule, spaced_timesteps
 
 SCALE = 4.0

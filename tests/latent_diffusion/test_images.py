@@ -6,7 +6,14 @@ import pytest
 from PIL import Image
 
 from latent_diffusion.errors import InputError
-from latent_diffusion.images import center_crop, decode_image, image_grid, list_image_folder, read_image
+from latent_diffusion.images import (
+    center_crop,
+    crop_then_resize,
+    decode_image,
+    image_grid,
+    list_image_folder,
+    read_image,
+)
 
 
 def picture(width: int, height: int) -> Image.Image:
@@ -35,6 +42,25 @@ def test_the_crop_is_that_of_adm(size):
     cropped = center_crop(image, 32)
     assert cropped.shape == (32, 32, 3) and cropped.dtype == np.uint8
     np.testing.assert_array_equal(cropped, adm_center_crop(image, 32))
+
+
+@pytest.mark.parametrize("size", [(32, 32), (33, 47), (47, 34), (200, 65), (128, 129), (20, 31)])
+def test_the_other_crop_is_that_of_u_vit(size):
+    """In the words of its `datasets.py`: cut an array, then resize."""
+    pixels = np.asarray(picture(*size))
+    height, width = pixels.shape[:2]
+    crop = min(height, width)
+    rows = slice((height - crop) // 2, (height + crop) // 2)
+    square = Image.fromarray(pixels[rows, (width - crop) // 2 : (width + crop) // 2])
+    expected = np.asarray(square.resize((32, 32), Image.Resampling.LANCZOS))
+    np.testing.assert_array_equal(crop_then_resize(picture(*size), 32), expected, strict=True)
+
+
+def test_an_image_is_read_with_the_crop_that_is_asked_for(tmp_path):
+    picture(50, 40).save(tmp_path / "a.png")
+    np.testing.assert_array_equal(
+        read_image(tmp_path / "a.png", 32, crop_then_resize), crop_then_resize(picture(50, 40), 32)
+    )
 
 
 def test_an_image_of_the_size_is_left_as_it_is():

@@ -7,7 +7,7 @@ import pytest
 from latent_diffusion import packed
 from latent_diffusion.errors import InputError
 from latent_diffusion.packed import ABSENT, MANIFEST, PackedReader, PackedWriter, is_packed
-from latent_diffusion.records import Contents
+from latent_diffusion.records import CONTEXTS, ImageContents, TextContents
 
 SHAPE = (2, 4, 2, 2)
 
@@ -25,7 +25,9 @@ def records(count: int) -> np.ndarray:
 def write(folder: Path, count: int = 8, skipped: tuple[int, ...] = ()) -> np.ndarray:
     """Records with their number as label, except those skipped; written in two parts that cross shards."""
     values = records(count)
-    writer = PackedWriter(folder, Contents("moments", SHAPE, "float16", count, 64, 0.5, vae="tiny", classes=("cat",)))
+    writer = PackedWriter(
+        folder, ImageContents("moments", SHAPE, "float16", count, 64, 0.5, vae="tiny", classes=("cat",))
+    )
     writer.claim()
     for part in (range(5, count), range(5)):
         kept = [number for number in part if number not in skipped]
@@ -84,7 +86,7 @@ def test_a_shard_is_opened_when_it_is_first_read_and_stays_open(tmp_path):
 
 
 def test_an_unfinished_folder_is_refused(tmp_path):
-    writer = PackedWriter(tmp_path, Contents("latents", SHAPE, "float16", 8, 64, 0.5))
+    writer = PackedWriter(tmp_path, ImageContents("latents", SHAPE, "float16", 8, 64, 0.5))
     writer.claim()
     assert is_packed(tmp_path)
     with pytest.raises(InputError, match="not complete"):
@@ -209,3 +211,42 @@ def test_a_manifest_that_is_no_manifest_is_named(tmp_path, text):
     (tmp_path / MANIFEST).write_text(text)
     with pytest.raises(InputError, match="manifest.json is damaged"):
         PackedReader(tmp_path)
+
+
+def write_texts(folder: Path, shape=(1, 1, 5, 2)) -> np.ndarray:
+    """Contexts of four captions of two images."""
+    values = np.random.default_rng(0).standard_normal((4, *shape)).astype(np.float16)
+    writer = PackedWriter(folder, TextContents(CONTEXTS, shape, "float16", 4, "clip", "words", "a1b2"))
+    writer.claim()
+    writer.write(range(4), values, [0, 0, 0, 1])
+    writer.finish([])
+    return values
+
+
+def test_features_of_texts_are_read(tmp_path):
+    values = write_texts(tmp_path)
+    reader = PackedReader(tmp_path, TextContents)
+    assert reader.contents.context_shape == (5, 2) and reader.contents.text_encoder == "clip"
+    assert reader.labels.tolist() == [0, 0, 0, 1]
+    np.testing.assert_array_equal(reader.read(3, 0), values[3, 0])
+    manifest = json.loads((tmp_path / MANIFEST).read_text())
+    assert manifest["captions"] == manifest["records"] == 4 and not {"images", "resolution"} & manifest.keys()
+
+
+def test_features_of_texts_are_none_of_images(tmp_path):
+    write_texts(tmp_path / "texts")
+    write(tmp_path / "images")
+    with pytest.raises(InputError, match="texts/manifest.json has 'contexts' for 'content'"):
+        PackedReader(tmp_path / "texts")
+    with pytest.raises(InputError, match="images/manifest.json has .* which cannot be"):
+        PackedReader(tmp_path / "images", TextContents)
+
+
+@pytest.mark.parametrize(
+    "values", [{"text_encoder": None}, {"tokenizer": 3}, {"record_shape": [1, 2, 5, 2]}, {"content": "moments"}]
+)
+def test_a_manifest_of_texts_that_cannot_be_is_refused(tmp_path, values):
+    write_texts(tmp_path)
+    change(tmp_path, **values)
+    with pytest.raises(InputError, match=f"for '{next(iter(values))}', which cannot be"):
+        PackedReader(tmp_path, TextContents)

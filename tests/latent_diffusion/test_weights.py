@@ -18,6 +18,7 @@ from latent_diffusion.errors import InputError
 from latent_diffusion.weights import (
     is_torch_layout,
     read_config,
+    read_object_array,
     read_paddle,
     read_safetensors,
     read_torch,
@@ -689,3 +690,64 @@ def test_hostile_files_do_run_code_when_simply_unpickled(tmp_path, monkeypatch):
     for name in ("system.pdparams", "exec.pdparams", "eval_alone.pdparams"):
         pickle.loads(HOSTILE[name][0])
         Path(MARKER).unlink()
+
+
+# Object arrays of NumPy
+
+
+def object_dtype():
+    return numpy_dtype("O8", (3, "|", None, None, None, -1, -1, 63))
+
+
+def object_file(value, shape=(2,)):
+    """An `.npy` file of an object array whose pickle is `value`."""
+    file = io.BytesIO()
+    np.lib.format.write_array_header_1_0(file, {"descr": "|O", "fortran_order": False, "shape": shape})
+    return file.getvalue() + pickled(value)
+
+
+@pytest.mark.parametrize("protocol", [3, 4])
+def test_object_array(tmp_path, protocol):
+    """NumPy 2 writes it in protocol 4, older ones in 3."""
+    values = ["a cat", np.arange(6, dtype="f4").reshape(2, 3), None]
+    array = np.empty(3, object)
+    array[:] = values
+    path = tmp_path / "a.npy"
+    np.save(path, array, allow_pickle=True)
+    path.write_bytes(path.read_bytes()[:128] + pickle.dumps(array, protocol))
+    found = read_object_array(path)
+    assert all(same(left, right) for left, right in zip(found, values, strict=True))
+
+
+HOSTILE_OBJECTS = {
+    "call": (object_file(call("os", "system", f"touch {MARKER}")), "was refused: it asks for os.system,"),
+    "element": (
+        object_file(numpy_array((2,), ["a", call("posix", "system", f"touch {MARKER}")], object_dtype())),
+        "posix.system",
+    ),
+    "eval": (object_file(call("builtins", "eval", "data", DATA_SCOPE)), "builtins.eval"),
+    "function": (
+        object_file(numpy_array((2,), ["a", Global("numpy", "dtype")], object_dtype())),
+        "a value is expected",
+    ),
+    "no list": (object_file(numpy_array((2,), b"ab", object_dtype())), "malformed array"),
+    "malformed dtype": (object_file(numpy_array((2,), ["a", "b"], numpy_dtype("O8"))), "malformed dtype"),
+    "other count": (object_file(numpy_array((3,), ["a", "b", "c"], object_dtype())), "not of its array"),
+    "huge": (object_file(numpy_array((2,), ["a"], object_dtype()), (10**12,)), "not of its array"),
+    "matrix": (object_file(numpy_array((2,), ["a", "b"], object_dtype()), (1, 2)), "where objects were expected"),
+    "half": (object_file(numpy_array((2,), ["a", "b"], object_dtype()))[:-9], "damaged"),
+    "no array": (b"a pickle at all", "damaged"),
+    "empty": (b"", "is empty"),
+}
+
+
+@pytest.mark.parametrize("name", HOSTILE_OBJECTS)
+def test_hostile_object_array_is_refused(tmp_path, monkeypatch, name):
+    content, words = HOSTILE_OBJECTS[name]
+    monkeypatch.chdir(tmp_path)
+    Path("a.npy").write_bytes(content)
+    with pytest.raises(InputError) as caught:
+        read_object_array(Path("a.npy"))
+    message = str(caught.value)
+    assert "a.npy" in message and words in message and message.isprintable()
+    assert files_in(tmp_path) == ["a.npy"]  # no marker

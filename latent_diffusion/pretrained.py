@@ -1,0 +1,136 @@
+"""Finding trained weights, wherever they lie, and the configuration that describes them."""
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import paddle
+
+from . import checkpoint
+from .configuration import ModelConfig
+from .errors import InputError
+from .weights import read_config
+
+# The configuration of a (pp)diffusers model, beside its weights.
+COMPONENT_CONFIG = "config.json"
+# Names under which it may hold them; which layout they have is told from their shapes.
+COMPONENT_WEIGHTS = (
+    "diffusion_pytorch_model.safetensors",
+    "diffusion_pytorch_model.bin",
+    "diffusion_paddle_model.safetensors",
+    "model_state.pdparams",
+)
+
+# A prefix that PyTorch's data parallelism leaves on every name.
+_PARALLEL_PREFIX = "module."
+
+
+@dataclass(frozen=True)
+class Pretrained:
+    """Weights with the names and in the layout of a backbone, float32.
+
+    Attributes:
+        backbone: the class of the network, made from its configuration.
+        config: what the source says of the weights.
+        weights: by name, Linear weights [in, out].
+        source: the file they were read from.
+    """
+
+    backbone: Callable[[ModelConfig], paddle.nn.Layer]
+    config: ModelConfig
+    weights: dict[str, np.ndarray]
+    source: Path
+
+    def network(self) -> paddle.nn.Layer:
+        """A network with these weights, in eval mode.
+
+        Raises:
+            InputError: they are not those of the configuration.
+        """
+        model = self.backbone(self.config)
+        checkpoint.set_weights(model, self.weights, self.source)
+        model.eval()
+        return model
+
+
+def find_weights(source: Path, use_ema: bool, component: str) -> Path:
+    """The file of weights that `source` means.
+
+    Args:
+        source: a file; a checkpoint folder or an output folder (its newest checkpoint); a pipeline folder or the
+            folder of its network.
+        use_ema: of a checkpoint folder take the averaged weights, not the raw ones.
+        component: the folder of the network in a pipeline folder.
+
+    Raises:
+        InputError: there is no such file.
+    """
+    if source.is_file():
+        return source
+    if not source.is_dir():
+        raise InputError(
+            f"the model file {source} does not exist; give a checkpoint folder, a weight file or a pipeline folder"
+        )
+    return _find_component(source, component) or _find_checkpoint(source, use_ema)
+
+
+def _find_component(folder: Path, component: str) -> Path | None:
+    """The weight file of a pipeline folder or of its network's; None when it is neither."""
+    if (folder / "model_index.json").is_file():
+        folder = folder / component
+    elif not _names_a_class(folder / COMPONENT_CONFIG):
+        return None
+    file = next((folder / name for name in COMPONENT_WEIGHTS if (folder / name).is_file()), None)
+    if file is None:
+        raise InputError(f"the {component} folder {folder} holds none of {', '.join(COMPONENT_WEIGHTS)}")
+    return file
+
+
+def _names_a_class(config_file: Path) -> bool:
+    """Whether it is the configuration of a (pp)diffusers model; a checkpoint's own names no class."""
+    try:
+        return "_class_name" in json.loads(config_file.read_text())
+    except (OSError, ValueError, TypeError):
+        return False  # what is wrong with it is said when it is read
+
+
+def _find_checkpoint(folder: Path, use_ema: bool) -> Path:
+    newest = checkpoint.newest_checkpoint(folder) or folder
+    path = newest / (checkpoint.EMA_MODEL if use_ema else checkpoint.MODEL)
+    if not path.is_file():
+        hint = "; --use_ema False takes the raw weights" if use_ema and (newest / checkpoint.MODEL).is_file() else ""
+        raise InputError(f"{path} does not exist: {folder} is no checkpoint folder and holds none with it{hint}")
+    return path
+
+
+def plain_weights(weights: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Weights as float32, without the prefix that PyTorch's data parallelism leaves."""
+    if all(name.startswith(_PARALLEL_PREFIX) for name in weights):
+        weights = {name.removeprefix(_PARALLEL_PREFIX): value for name, value in weights.items()}
+    return {name: value.astype(np.float32, copy=False) for name, value in weights.items()}
+
+
+def described_config(
+    config_class: type[ModelConfig], file: Path, torch_layout: bool, config_file: Path | None
+) -> ModelConfig | None:
+    """The configuration inside a file of weights, or beside it where that is a checkpoint's; None where there is none.
+
+    Raises:
+        InputError: it is damaged, or contradicts the given `config_file`.
+    """
+    inside, beside = read_config(file), file.with_name(checkpoint.CONFIG)
+    if inside is not None:
+        return agreed(config_class.from_dict(inside, f"the configuration in {file}"), file, config_file)
+    if beside.is_file() and not torch_layout:
+        return agreed(config_class.from_json(beside), beside, config_file)
+    return None
+
+
+def agreed(config: ModelConfig, found_in: Path, config_file: Path | None) -> ModelConfig:
+    """The configuration that describes weights; `InputError` if the given file says otherwise."""
+    if config_file is not None and (given := type(config).from_json(config_file)) != config:
+        key = next(k for k, value in config.to_dict().items() if given.to_dict()[k] != value)
+        raise InputError(f"{config_file} contradicts {found_in}, which describes the weights, in {key!r}")
+    return config
