@@ -22,15 +22,18 @@ fi
 
 case $GPUS in
 "")
-    launch="$PYTHON -u"
+    launch="-u"
     set -- --device cpu "$@"
     ;;
-*,*) launch="$PYTHON -u -m paddle.distributed.launch --gpus $GPUS" ;;
-*) launch="env CUDA_VISIBLE_DEVICES=$GPUS $PYTHON -u" ;;
+*,*) launch="-u -m paddle.distributed.launch --gpus $GPUS" ;;
+*)
+    launch="-u"
+    export CUDA_VISIBLE_DEVICES="$GPUS"
+    ;;
 esac
 echo "training on ${GPUS:+GPU }${GPUS:-the CPU}"
 
-exec $launch train_txt2img_uvit_coco_trainer.py \
+exec "$PYTHON" $launch train_txt2img_uvit_coco_trainer.py \
     --do_train \
     --output_dir "$OUTPUT_DIR" \
     --feature_path "$FEATURE_PATH" \

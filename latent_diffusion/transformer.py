@@ -9,6 +9,7 @@ from paddle import nn
 
 from .attention import Attention
 from .ops import Linear
+from .runtime import is_first_process
 from .token_merging import MergesTokens, TokenMerging, merged_calls
 
 
@@ -93,7 +94,7 @@ class Backbone(MergesTokens, nn.Layer):
 
     def enable_xformers_memory_efficient_attention(self) -> None:
         """Uses Paddle's flash / memory-efficient attention; on a CPU says that this has no effect."""
-        if not paddle.device.is_compiled_with_cuda():
+        if not paddle.device.is_compiled_with_cuda() and is_first_process():
             print("note: memory-efficient attention needs a GPU: it has no effect on a CPU", file=sys.stderr)
         for layer in self.sublayers():
             if isinstance(layer, Attention):

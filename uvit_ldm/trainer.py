@@ -82,7 +82,7 @@ class UViTTrainingArguments(SuiteTrainingArguments):
     """PaddleNLP's training arguments with the output folder of U-ViT."""
 
     output_dir: str = field(
-        default="./output_dir/uvit_t2i", metadata={"help": "where checkpoints and logs are written"}
+        default="./output_dir/uvit_t2i_small_deep", metadata={"help": "where checkpoints and logs are written"}
     )
 
 

@@ -5,7 +5,7 @@ import shutil
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -34,10 +34,12 @@ NO_NETWORK |= dict.fromkeys(("no_proxy", "NO_PROXY"), "localhost,127.0.0.1")
 
 @dataclass
 class Command:
-    """What follows `python` on a command line, and where it is run."""
+    """What follows the program on a command line, and where it is run; `variables` join those of `environment`."""
 
     arguments: list[str]
     folder: Path
+    program: str = sys.executable
+    variables: dict[str, str] = field(default_factory=dict)
 
 
 @dataclass
@@ -66,11 +68,11 @@ def environment() -> dict[str, str]:
 
 
 def run(command: Command) -> Result:
-    """Runs one command with this interpreter, one thread, and nothing of the project in PYTHONPATH."""
+    """Runs one command with one thread, and nothing of the project in PYTHONPATH."""
     done = subprocess.run(
-        [sys.executable, *command.arguments],
+        [command.program, *command.arguments],
         cwd=command.folder,
-        env=environment(),
+        env=environment() | command.variables,
         capture_output=True,
         text=True,
         timeout=180,

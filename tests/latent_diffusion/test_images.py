@@ -3,10 +3,13 @@ import math
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageDraw
 
 from latent_diffusion.errors import InputError
 from latent_diffusion.images import (
+    LINE_HEIGHT,
+    _wrapped,
+    captioned_grid,
     center_crop,
     crop_then_resize,
     decode_image,
@@ -170,3 +173,23 @@ def test_labels_are_written_before_their_rows():
     assert labeled.height == plain.height and labeled.width > plain.width + 12
     margin = np.asarray(labeled)[:, : labeled.width - plain.width]
     assert (margin[:24] < 128).any() and (margin[24:] < 128).any()
+
+
+def test_captions_are_broken_into_lines_below_their_images():
+    images = np.full((3, 40, 60, 3), (10, 200, 90), np.uint8)
+    texts = ["one", "some words that need more than a line", "unbreakable" * 3]
+    grid = np.asarray(captioned_grid(images, texts, columns=2))
+    lines = [_wrapped(text, 60).splitlines() for text in texts]
+    assert [" ".join(found) for found in lines] == texts
+    assert len(lines[0]) == len(lines[2]) == 1 < len(lines[1])
+    measure = ImageDraw.Draw(Image.new("RGB", (1, 1)))
+    assert all(measure.textlength(line) <= 60 for line in lines[1])
+
+    height = 40 + 4 + LINE_HEIGHT * len(lines[1]) + 2
+    assert grid.shape == (2 * height + 4, 2 * 62 + 4, 3)
+    tiles = [grid[2 + height * row :][:height, 2 + 62 * column :][:, :62] for row, column in ((0, 0), (0, 1), (1, 0))]
+    for tile, found in zip(tiles, lines, strict=True):
+        assert (tile[1:41, 1:61] == images[0]).all()
+        letters = (tile[41:].min(axis=(1, 2)) < 64).nonzero()[0]
+        assert letters[0] < LINE_HEIGHT and LINE_HEIGHT * (len(found) - 1) < letters[-1] <= LINE_HEIGHT * len(found) + 3
+    assert (grid[2 + height :, 64:] == 255).all()
