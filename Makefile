@@ -1,12 +1,16 @@
-# `make demo` trains, exports and samples a small DiT on real digits; `make test` runs the tests. Both install first.
+# `make demo` trains, exports and samples a small DiT on real digits, `make demo-t2i` a U-ViT that draws what a sentence
+# says; `make test` runs the tests. All install first.
 PYTHON ?= python3
 VENV := .venv
 PEER := .venv-peer
 
-.PHONY: demo test install lint peer
+.PHONY: demo demo-t2i test install lint peer
 
 demo: $(VENV)/installed
 	$(VENV)/bin/python -m demo
+
+demo-t2i: $(VENV)/installed
+	$(VENV)/bin/python -m demo.text_to_image
 
 test: $(VENV)/installed-dev
 	$(VENV)/bin/python -m pytest

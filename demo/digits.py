@@ -39,12 +39,18 @@ def load_folder(root: Path) -> tuple[np.ndarray, np.ndarray]:
     Returns images, uint8 `[N, 64, 64, 3]`, and labels, int64 `[N]`, both ordered by digit and then by file name.
     Raises InputError if there are no such files.
     """
-    paths = sorted(Path(root).glob("[0-9]/*.png"))
-    if not paths:
-        raise InputError(f"{root}: no <digit>/*.png files here; write them with demo.digits.write_digit_folders.")
+    paths = digit_files(root)
     images = np.stack([np.asarray(Image.open(path).convert("RGB")) for path in paths])
     labels = np.array([int(path.parent.name) for path in paths], dtype=np.int64)
     return images, labels
+
+
+def digit_files(root: Path) -> list[Path]:
+    """The files that `load_folder` reads, in its order; raises InputError if there are none."""
+    paths = sorted(Path(root).glob("[0-9]/*.png"))
+    if not paths:
+        raise InputError(f"{root}: no <digit>/*.png files here; write them with demo.digits.write_digit_folders.")
+    return paths
 
 
 def _render(digit: np.ndarray) -> Image.Image:

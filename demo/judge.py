@@ -20,9 +20,13 @@ class Judge:
         self._classifier.fit(box_average(images), labels)
         return self
 
+    def read(self, images: np.ndarray) -> np.ndarray:
+        """The digit that each image, uint8 `[N, H, W, 3]`, shows: int `[N]`."""
+        return self._classifier.predict(box_average(images))
+
     def accuracy(self, images: np.ndarray, labels: np.ndarray) -> float:
         """The share, 0..1, of images (uint8 `[N, H, W, 3]`) read as the digit in labels (int `[N]`)."""
-        return float(self._classifier.score(box_average(images), labels))
+        return float((self.read(images) == labels).mean())
 
 
 def nearest_train_distance(images: np.ndarray, train_images: np.ndarray) -> float:

@@ -1,9 +1,11 @@
 """The READMEs agree, and each command and snippet runs, on a tiny model in a folder that mirrors the repository."""
 
 import dataclasses
+import json
 import re
 import shlex
-from itertools import groupby
+import sys
+from itertools import groupby, takewhile
 from pathlib import Path
 
 import numpy as np
@@ -13,10 +15,19 @@ from PIL import Image
 from dit.configuration import DiTConfig
 from dit.modeling import DiT
 from dit.official import save_official
+from uvit_ldm.configuration import UViTConfig
 
+from . import test_uvit
 from .commands import REPOSITORY, TINY, Command, Result, run, run_all
 
 READMES = ("README.md", "README_zh.md")
+
+
+def commands_in(text: str) -> list[str]:
+    """The commands of a text, each in one line."""
+    lines = text.replace("\\\n", " ").splitlines()
+    return [" ".join(line.split()) for line in lines if line.strip()]
+
 
 # Commands that a test cannot run, and why.
 GPU = "installs the GPU build from an index that the user names"
@@ -27,6 +38,7 @@ NODE = (
 )
 NOT_RUN = {
     "make demo": "takes minutes",
+    "make demo-t2i": "takes minutes",
     "make test": "runs this test",
     "source .venv/bin/activate": "the test's environment is active",
     "python3 -m venv .venv-gpu": GPU,
@@ -40,14 +52,32 @@ NOT_RUN = {
     ),
     "curl -L --create-dirs -o pretrained_models/DiT-XL-2-256x256.pt "
     "https://dl.fbaipublicfiles.com/DiT/models/DiT-XL-2-256x256.pt": "needs the network",
+    "python -m demo.merging": "needs what both demos leave behind",
     "python benchmarks/scaling.py": "takes half a minute: four runs of the Trainer, two of them with two processes",
+}
+NOT_RUN |= dict.fromkeys(commands_in(test_uvit.TRAINING + test_uvit.EXPORT), "tests/cli/test_uvit.py runs it")
+COCO_FEATURES = "https://bj.bcebos.com/v1/paddlenlp/datasets/paddlemix/coco256_features"
+NOT_RUN |= {
+    f"wget -P data/coco256_features {COCO_FEATURES}/{name}": "needs the network"
+    for name in ("train.tar", "val.tar", "empty_context.npy")
+}
+NOT_RUN |= {
+    f"tar -xf data/coco256_features/{name}.tar -C data/coco256_features": "unpacks what was not downloaded"
+    for name in ("train", "val")
 }
 
 EXTRACT, CONVERT_FEATURES = "extract_features.py", "scripts/convert_features.py"
 TRAIN, LOOP = "train_image_generation_dit_trainer.py", "train.py"
 SAMPLE, SAMPLE_MANY = "sample.py", "sample_ddp.py"
 EXPORT, EXPORT_OFFICIAL = "scripts/convert_dit_to_ppdiffusers.py", "scripts/convert_ppdiffusers_to_dit.py"
-BENCHMARKS = ("benchmarks/training.py", "benchmarks/features.py", "benchmarks/sampling.py")
+EXTRACT_COCO, TRAIN_UVIT = "extract_coco_features.py", "run_train_ldm_uvit_small_deep.sh"
+EXPORT_UVIT = "generate_pipelines.py"
+BENCHMARKS = (
+    "benchmarks/training.py",
+    "benchmarks/features.py",
+    "benchmarks/sampling.py",
+    "benchmarks/token_merging.py",
+)
 
 # What is added to a command, by its script: the last of two equal flags counts.
 FEW_STEPS = ("--num-sampling-steps", "2", "--vae", "vae")
@@ -60,23 +90,39 @@ ADDED = {
     SAMPLE_MANY: (*FEW_STEPS, "--num-fid-samples", "3", "--ckpt", "pretrained_models/DiT-XL-2-256x256.pt"),
     EXPORT: ("--vae_name_or_path", "vae"),
     EXPORT_OFFICIAL: (),
+    EXTRACT_COCO: ("--model_max_length", "7"),
+    TRAIN_UVIT: ("--unet_config_file", "tiny_uvit.json", "--max_steps", "4", "--save_steps", "4", "--warmup_steps", "1")
+    + ("--per_device_train_batch_size", "2", "--dataloader_num_workers", "0"),
+    EXPORT_UVIT: ("--model_max_length", "7"),
     "benchmarks/training.py": ("--model", "tiny.json", "--image-size", "256", "--global-batch-size", "2")
     + ("--steps", "1", "--num-workers", "1", "--vae", "vae"),
     "benchmarks/features.py": ("--image-size", "64", "--images", "2", "--features", "32"),
     "benchmarks/sampling.py": ("--model", "DiT-S/8", "--image-size", "64", "--num-sampling-steps", "1"),
+    "benchmarks/token_merging.py": (
+        "--dit",
+        "tiny.json",
+        "--uvit",
+        "tiny_uvit.json",
+        "--batch-size",
+        "1",
+        "--steps",
+        "1",
+    ),
 }
+# Variables of the training script: the machine's GPUs are not asked for.
+ON_THE_CPU = {"PYTHON": sys.executable, "GPUS": ""}
 # Commands of one stage do not depend on each other.
 STAGES = (
-    {EXTRACT},
-    {CONVERT_FEATURES, TRAIN, LOOP},
-    {SAMPLE, SAMPLE_MANY, EXPORT},
+    {EXTRACT, EXTRACT_COCO},
+    {CONVERT_FEATURES, TRAIN, LOOP, TRAIN_UVIT},
+    {SAMPLE, SAMPLE_MANY, EXPORT, EXPORT_UVIT},
     {EXPORT_OFFICIAL, *BENCHMARKS},
 )
 # What is added to a command that names a model, itself or in a file; the first that fits.
 TINY_MODELS = {"--num-classes 10 ": "tiny_10.json", " --model ": "tiny.json", " -c ": "tiny.json"}
 # What is changed: processes for two cores, and what only the GPU build of Paddle has.
 PROCESSES = re.compile("(?<=--nproc_per_node[ =])8")
-GPU_SNIPPET = {"paddle.float16": "paddle.float32", "paddle.device.cuda.max_memory_reserved()": "0"}
+GPU_SNIPPET = {"paddle.float16\npipe=DiT": "paddle.float32\npipe=DiT", "paddle.device.cuda.max_memory_reserved()": "0"}
 
 # What the commands leave behind.
 WRITTEN = (
@@ -96,16 +142,26 @@ WRITTEN = (
     "DiT_S_4_256/transformer/*.safetensors",
     "DiT_XL_2_256_diffusers/transformer/diffusion_pytorch_model.safetensors",
     "DiT-XL-2-256x256.pt",
+    "data/coco256_features/run_vis/1.npy",
+    "output_dir/uvit_t2i_small_deep/checkpoint-4",
+    "output_dir/uvit_t2i_mid/checkpoint-4",
+    "ldm_uvit_stock/text_encoder/model_config.json",
 )
 
-# Flags of the launcher, VisualDL, pip, curl and accelerate, and what argparse makes of `--help` and `--tf32`.
+# Flags of the launcher, VisualDL, pip, curl, accelerate and other code bases, and what argparse makes of `--help` and
+# `--tf32`.
 FOREIGN_FLAGS = {"--nproc_per_node", "--use_env", "--ips", "--master", "--host", "--nnodes", "--log_dir"}
 FOREIGN_FLAGS |= {"--logdir", "--language", "--disable-telemetry", "--upgrade", "--extra-index-url", "--create-dirs"}
 FOREIGN_FLAGS |= {"--mixed_precision", "--help", "--no-tf32"}
+FOREIGN_FLAGS |= {"--gpus", "--config", "--nnet_path", "--uvit_config_file", "--tokenizer_name", "--dp_degree"}
+FOREIGN_FLAGS |= {"--prediction_type", "--noise_offset", "--train_text_encoder"}
 
-# Files of facebookresearch/DiT that the READMEs name.
-FOREIGN_FILES = {"models.py"}
+# Files of other code bases that the READMEs name.
+FOREIGN_FILES = {"models.py", "train_txt2img_mscoco_uvit_trainer.py"}
+FOREIGN_FILES |= {"train_t2i_discrete.py", "sample_t2i_discrete.py", "dpm_solver_pp.py"}
+FOREIGN_FILES |= {f"scripts/extract_{name}.py" for name in ("mscoco_feature", "empty_feature", "test_prompt_feature")}
 FOLDERS = ("benchmarks", "config", "demo", "dit", "docs", "latent_diffusion", "requirements", "scripts", "tests")
+FOLDERS += ("uvit_ldm",)
 
 
 def read(name: str) -> str:
@@ -122,8 +178,7 @@ def snippets(language: str) -> list[str]:
 
 
 def readme_commands() -> list[str]:
-    lines = "\n".join(snippets("bash")).replace("\\\n", " ").splitlines()
-    return [" ".join(line.split()) for line in lines if line.strip()]
+    return commands_in("\n".join(snippets("bash")))
 
 
 def script_of(command: str) -> str | None:
@@ -141,10 +196,15 @@ def is_long(command: str) -> bool:
 
 def tiny(command: str, folder: Path) -> Command:
     """The command for two processes at most and a tiny model."""
-    interpreter, *words = shlex.split(PROCESSES.sub("2", command))
-    assert interpreter == "python"
+    words = shlex.split(PROCESSES.sub("2", command))
+    variables = dict(word.split("=") for word in takewhile(lambda word: "=" in word, words))
+    program, *words = words[len(variables) :]
+    words += ADDED[script_of(command)]
+    if program == "sh":
+        return Command(words, folder, program, variables | ON_THE_CPU)
+    assert program == "python" and not variables
     model = next((("--model", name) for part, name in TINY_MODELS.items() if part in command), ())
-    return Command([*words, *ADDED[script_of(command)], *model], folder)
+    return Command([*words, *model], folder)
 
 
 def prose(text: str) -> str:
@@ -152,15 +212,27 @@ def prose(text: str) -> str:
 
 
 @pytest.fixture(scope="module")
-def mirror(tmp_path_factory, vae_folder) -> Path:
-    """The code, and in tiny what the README supposes: two classes of ImageNet, published weights, a run of DiT-L/4."""
+def mirror(tmp_path_factory, vae_folder, coco_clip_folder) -> Path:
+    """The code, and in tiny what the README supposes: images, published weights, a run of DiT-L/4.
+
+    Stable Diffusion's parts lie where their names on the hub lead to.
+    """
     folder = tmp_path_factory.mktemp("mirror")
-    for name in FOLDERS + tuple(script for script in ADDED if "/" not in script):
+    scripts = tuple(script for script in ADDED if "/" not in script)
+    for name in (*FOLDERS, *scripts, "train_txt2img_uvit_coco_trainer.py"):
         (folder / name).symlink_to(REPOSITORY / name)
+    hub = folder / "runwayml/stable-diffusion-v1-5"
+    hub.mkdir(parents=True)
+    (hub / "vae").symlink_to(vae_folder)
+    for name in ("text_encoder", "tokenizer"):
+        (hub / name).symlink_to(coco_clip_folder)
     (folder / "vae").symlink_to(vae_folder)
     config = DiTConfig.from_dict(TINY | {"sample_size": 32, "patch_size": 4, "num_classes": 1000})
     config.save(folder / "tiny.json")
     dataclasses.replace(config, num_classes=10).save(folder / "tiny_10.json")
+    of_text = {key: value for key, value in TINY.items() if key != "num_classes"}
+    of_text |= {"sample_size": 32, "patch_size": 4, "clip_dim": 32, "num_text_tokens": 7}
+    UViTConfig.from_dict(of_text).save(folder / "tiny_uvit.json")
     (folder / "pretrained_models").mkdir()
     (folder / "models").symlink_to("pretrained_models")
     save_official(DiT(config), folder / "pretrained_models/DiT-XL-2-256x256.pt")
@@ -174,15 +246,28 @@ def mirror(tmp_path_factory, vae_folder) -> Path:
         for i in range(2):
             pixels = rng.integers(0, 256, (64, 80, 3), dtype=np.uint8)
             Image.fromarray(pixels).save(folder / f"imagenet/train/{label}/{i}.png")
+    write_coco(folder / "coco")
+    (folder / "prompts.txt").write_text("the cat\nthe dog\n")
     return folder
+
+
+def write_coco(folder: Path) -> None:
+    """Two images with captions."""
+    (folder / "annotations").mkdir(parents=True)
+    (folder / "train2014").symlink_to("../imagenet/train/n01440764")
+    content = {
+        "images": [{"id": 7 + i, "file_name": f"{i}.png"} for i in range(2)],
+        "annotations": [{"image_id": 7 + i % 2, "caption": f"the digit {i}"} for i in range(5)],
+    }
+    (folder / "annotations/captions_train2014.json").write_text(json.dumps(content))
 
 
 @pytest.fixture(scope="module")
 def results(mirror) -> dict[str, Result]:
-    """Every command that can be run, in the order of the README."""
+    """Every command that can be run, stage by stage."""
     runnable = [command for command in readme_commands() if command not in NOT_RUN]
     results = {}
-    for _, stage in groupby(runnable, key=stage_of):
+    for _, stage in groupby(sorted(runnable, key=stage_of), key=stage_of):
         long_first = sorted(stage, key=is_long, reverse=True)
         results |= run_all({command: tiny(command, mirror) for command in long_first})
         for command, result in results.items():
@@ -202,7 +287,7 @@ def test_the_readmes_have_the_same_commands_and_sections():
     assert code_by_section(english) == code_by_section(chinese)
     assert rows_by_section(english) == rows_by_section(chinese)
     for text in (english, chinese):
-        for name in ("demo-table", "benchmark-tables"):
+        for name in ("demo-table", "demo-t2i-table", "token-merging-table", "benchmark-tables"):
             assert re.search(rf"^<!-- {name} -->\n(.*\n)*?<!-- /{name} -->$", text, re.MULTILINE)
         assert {language for language, _ in blocks(text)} <= {"bash", "python", "text"}
 
@@ -245,6 +330,7 @@ def test_the_benchmarks_print_tables(results):
 def test_the_trees_are_what_is_written(after_commands):
     trees = {tree.split(maxsplit=1)[0]: tree_names(tree) for tree in snippets("text")}
     trees["image_generation_dit_output_trainer/checkpoint-5000"] -= {"scaler.pdparams"}  # in fp16 only
+    trees["data/coco256_features"] -= {"val"}  # by the same command with another split
     assert trees == {
         "data/fastdit_imagenet256": names_in(after_commands, "data/fastdit_imagenet256/*"),
         "data/imagenet256_packed": names_in(after_commands, "data/imagenet256_packed/*"),
@@ -252,6 +338,10 @@ def test_the_trees_are_what_is_written(after_commands):
             after_commands, "image_generation_dit_output_trainer/checkpoint-4/*"
         ),
         "DiT_XL_2_256": names_in(after_commands, "DiT_XL_2_256/**/*"),
+        "data/coco256_features": names_in(after_commands, "data/coco256_features/*"),
+        "data/coco256_packed": names_in(after_commands, "data/coco256_packed/*")
+        | names_in(after_commands, "data/coco256_packed/train/*"),
+        "ldm_uvit_pipelines": names_in(after_commands, "ldm_uvit_pipelines/**/*"),
     }
 
 
@@ -265,25 +355,25 @@ def tree_names(tree: str) -> set[str]:
 
 def test_the_snippets_run(after_commands):
     sources = snippets("python")
-    assert len(sources) == 2
+    assert f"import paddle{test_uvit.SNIPPET}" in sources  # as published, but for the import
     for i, source in enumerate(sources):
         for theirs, ours in GPU_SNIPPET.items():
             source = source.replace(theirs, ours)
         (after_commands / f"snippet{i}.py").write_text(source)
-    both = "import runpy; [runpy.run_path(f'snippet{i}.py') for i in range(2)]"
-    run(Command(["-c", both], after_commands)).ok()
-    for name in ("white_shark.png", "class_2.png", "class_7.png"):
-        with Image.open(after_commands / name) as image:
+    in_turn = f"import runpy; [runpy.run_path(f'snippet{{i}}.py') for i in range({len(sources)})]"
+    run(Command(["-c", in_turn], after_commands)).ok()
+    for name in ("white_shark", "class_2", "class_7", "an_elephant_under_the_sea", "elephant"):
+        with Image.open(after_commands / f"{name}.png") as image:
             assert image.size == (256, 256)
 
 
 @pytest.mark.parametrize("name", READMES)
 def test_every_flag_exists(name):
     from dit.trainer import DiTArguments, DiTTrainingArguments
+    from uvit_ldm.trainer import UViTArguments, UViTTrainingArguments
 
-    known = FOREIGN_FLAGS | {
-        f"--{field.name}" for cls in (DiTArguments, DiTTrainingArguments) for field in dataclasses.fields(cls)
-    }
+    classes = (DiTArguments, DiTTrainingArguments, UViTArguments, UViTTrainingArguments)
+    known = FOREIGN_FLAGS | {f"--{field.name}" for cls in classes for field in dataclasses.fields(cls)}
     for source in (*ADDED, "dit/sampling_arguments.py", "latent_diffusion/command_line.py"):
         known |= set(re.findall(r'"(--[\w-]+)"', read(source)))
     found = set(re.findall(r"(?<![\w-])--[a-zA-Z][\w-]*", read(name), re.ASCII))
@@ -298,13 +388,18 @@ def one_spelling(flag: str) -> str:
 def test_every_path_exists(name):
     text = read(name)
     links = [target for target in re.findall(r"\]\(([^)]+)\)", text) if not target.startswith("https://")]
-    anchors = {"#" + heading.lower().replace(" ", "-") for heading in re.findall(r"^#+ (.*)$", text, re.MULTILINE)}
+    anchors = {"#" + anchor(heading) for heading in re.findall(r"^#+ (.*)$", text, re.MULTILINE)}
     assert [target for target in links if target not in anchors and not (REPOSITORY / target).exists()] == []
     paths = [path for word in re.findall(r"[A-Za-z0-9_./{},-]+", text) for path in expanded(word.rstrip(",."))]
     own = [path for path in paths if path.split("/")[0] in FOLDERS and "/" in path]
-    own += [path for path in paths if re.fullmatch(r"[\w-]+\.(py|md)|requirements[\w-]*\.txt", path)]
+    own += [path for path in paths if re.fullmatch(r"[\w-]+\.(py|md|sh)|requirements[\w-]*\.txt", path)]
     assert "config/DiT_XL_patch8_512.json" in own
     assert sorted({path for path in own if path not in FOREIGN_FILES and not (REPOSITORY / path).exists()}) == []
+
+
+def anchor(heading: str) -> str:
+    """As GitHub makes it: without punctuation."""
+    return re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-")
 
 
 def expanded(word: str) -> list[str]:
