@@ -11,8 +11,7 @@ from pathlib import Path
 from latent_diffusion import runtime
 from latent_diffusion.command_line import ArgumentParser, at_least
 from latent_diffusion.errors import command
-
-STABLE_DIFFUSION = "runwayml/stable-diffusion-v1-5"
+from uvit_ldm.configuration import STABLE_DIFFUSION
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -36,7 +35,11 @@ def parse_arguments() -> argparse.Namespace:
         "forty files for COCO",
     )
     add("--image-size", type=int, default=256, help="side of the images in pixels")
-    add("--vae_name_or_path", default=f"{STABLE_DIFFUSION}/vae", help="VAE folder or name on the hub")
+    add(
+        "--vae_name_or_path",
+        default=f"{STABLE_DIFFUSION}/vae",
+        help="VAE: a folder, a CompVis .pth file or a name on the hub",
+    )
     add("--text_encoder_name_or_path", default=f"{STABLE_DIFFUSION}/text_encoder", help="its folder or name on the hub")
     add("--tokenizer_name_or_path", default=f"{STABLE_DIFFUSION}/tokenizer", help="its folder or name on the hub")
     add("--model_max_length", type=at_least(1), default=77, help="tokens of a caption; longer ones are cut off")
@@ -78,6 +81,8 @@ def main() -> None:
     encoder = TextEncoder.load(
         arguments.text_encoder_name_or_path, arguments.tokenizer_name_or_path, arguments.model_max_length
     )
+    if prompts and runtime.is_first_process():
+        write_prompts(arguments.features_path, prompts, encoder)
     extracted = extract_features(
         arguments.images_path,
         images,
@@ -90,10 +95,8 @@ def main() -> None:
         arguments.num_workers,
         skip_unreadable=arguments.unreadable == "skip",
     )
-    if extracted is None:  # rank 0 reports for all, and writes the prompts
+    if extracted is None:  # rank 0 reports for all
         return
-    if prompts:
-        write_prompts(arguments.features_path, prompts, encoder)
     of_images, of_captions = extracted
     print(
         f"encoded {of_images.encoded} images and {of_captions.encoded} captions, "

@@ -7,8 +7,7 @@ from pathlib import Path
 from latent_diffusion import runtime
 from latent_diffusion.command_line import ArgumentParser, at_least
 from latent_diffusion.errors import command
-
-STABLE_DIFFUSION = "runwayml/stable-diffusion-v1-5"
+from uvit_ldm.configuration import PIPELINES, STABLE_DIFFUSION, STOCK_PIPELINE
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -22,7 +21,11 @@ def parse_arguments() -> argparse.Namespace:
         "official code (.pth) or of PaddleMIX (.pdparams), or pipeline folder",
     )
     add("--output_path", type=Path, default=Path("./ldm_uvit_pipelines"), help="folder to write")
-    add("--vae_name_or_path", default=f"{STABLE_DIFFUSION}/vae", help="VAE: a folder or a name on the hub")
+    add(
+        "--vae_name_or_path",
+        default=f"{STABLE_DIFFUSION}/vae",
+        help="VAE: a folder, a CompVis .pth file or a name on the hub",
+    )
     add("--unet_config_file", type=Path, help="model configuration, where nothing in or beside the weights tells it")
     add(
         "--text_encoder_name_or_path",
@@ -37,8 +40,8 @@ def parse_arguments() -> argparse.Namespace:
     add("--model_max_length", type=at_least(1), default=77, help="tokens of a prompt; longer ones are cut off")
     add(
         "--pipeline",
-        choices=("LDMTextToImagePipeline", "LDMTextToImageUViTPipeline"),
-        default="LDMTextToImagePipeline",
+        choices=tuple(PIPELINES),
+        default=next(iter(PIPELINES)),
         help="class that is to load the folder; the second needs nothing but ppdiffusers, the first this repository on "
         "Python's path",
     )
@@ -55,7 +58,7 @@ def main() -> None:
 
     from latent_diffusion.checkpoint import EMA_MODEL, MODEL
     from latent_diffusion.text_encoder import TextEncoder
-    from uvit_ldm.export import STOCK_PIPELINE, export_pipeline
+    from uvit_ldm.export import export_pipeline
     from uvit_ldm.pretrained import read_pretrained
 
     # PaddleNLP names every file it writes, under its temporary name.

@@ -106,6 +106,6 @@ class ModelConfig:
             values = json.loads(Path(path).read_text())
         except OSError as error:
             raise InputError(f"cannot read the configuration file {path}: {error.strerror}") from None
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise InputError(f"the configuration file {path} is not JSON: {error}") from None
         return cls.from_dict(values, source=str(path))

@@ -46,6 +46,9 @@ def command(main: Callable[..., None]) -> Callable[..., None]:
         except InputError as error:
             print(f"error: {error}", file=sys.stderr, flush=True)
             sys.exit(1)
+        except KeyboardInterrupt:
+            print("interrupted", file=sys.stderr, flush=True)
+            sys.exit(130)
         if "PADDLE_TRAINER_ID" in os.environ:
             _leave()
 

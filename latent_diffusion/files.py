@@ -55,18 +55,19 @@ def new_folder(path: Path, marker: str) -> Iterator[Path]:
         marker: a file that every folder of this kind holds.
 
     Raises:
-        InputError: `path` is a file, or a folder that holds something else, which would be lost.
+        InputError: `path` is a file, or a folder that holds something else, which would be lost; or it cannot be made.
     """
     path = path.absolute()
     if path.exists() and not (path / marker).is_file() and (not path.is_dir() or any(path.iterdir())):
         raise InputError(
             f"{path} exists and holds no {marker}: it would be replaced; choose another folder or remove it"
         )
-    path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.partial")
-    if temporary.exists():
-        shutil.rmtree(temporary)
-    temporary.mkdir()
+    with preparing_folder(temporary):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if temporary.exists():
+            shutil.rmtree(temporary)
+        temporary.mkdir()
     try:
         yield temporary
         publish_folder(temporary, path)

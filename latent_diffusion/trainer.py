@@ -100,7 +100,7 @@ class LatentDiffusionTrainer(Trainer):
     def _print_plan(self, resume_from_checkpoint: str | Path | None) -> None:
         args = self.args
         parameters = sum(p.size for p in self.model.parameters() if not p.stop_gradient)
-        start = f"resuming from {resume_from_checkpoint}" if resume_from_checkpoint else "from scratch"
+        start = f"resuming from {resume_from_checkpoint}" if resume_from_checkpoint else "from step 0"
         if self._resumed_step >= args.max_steps:
             start += f", which is at step {self._resumed_step}: nothing is left to train"
         print(

@@ -77,7 +77,8 @@ def _is_text(value: object) -> bool:
 def _below(name: str, path: Path) -> Path:
     # The file could lead anywhere on the disk.
     relative = Path(name)
-    if relative.is_absolute() or ".." in relative.parts or "\0" in name or not relative.parts:
+    writable = name.isprintable()  # no surrogates or control characters
+    if relative.is_absolute() or ".." in relative.parts or not writable or not relative.parts:
         raise InputError(f"{path} names the image {name!r}, which is no path below the folder of images")
     return relative
 

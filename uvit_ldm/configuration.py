@@ -13,6 +13,14 @@ LATENT_SCALING_FACTOR = 0.23010
 # Probability that training replaces a caption by the empty one (`p_uncond` in the same file).
 CONDITION_DROPOUT = 0.1
 
+# Whose VAE, text encoder and tokenizer the features are made with where nothing else is named.
+STABLE_DIFFUSION = "runwayml/stable-diffusion-v1-5"
+
+# The pipelines that a network is exported for, and what each calls the text encoder. The first loads classes of this
+# project (`pipeline.py`) and so needs the repository on Python's path; the second is all of ppdiffusers.
+PIPELINES = {"LDMTextToImagePipeline": "bert", "LDMTextToImageUViTPipeline": "text_encoder"}
+STOCK_PIPELINE = "LDMTextToImageUViTPipeline"
+
 # Where the configuration of a pipeline's network keeps the scaling factor: the libraries pass over keys that begin with
 # an underscore.
 SCALING_KEY = "_scaling_factor"

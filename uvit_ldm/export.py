@@ -15,15 +15,10 @@ from latent_diffusion.text_encoder import TextEncoder
 from latent_diffusion.vae import check_channels, check_downsampling, load_vae
 from latent_diffusion.weights import write_paddle
 
-from .configuration import SCALING_KEY, UViTConfig
+from .configuration import PIPELINES, SCALING_KEY, STOCK_PIPELINE, UViTConfig
 from .modeling import UViT
 from .pretrained import COMPONENT
 from .sampling import ddim_scheduler
-
-# The pipelines, and what each calls the text encoder. The first loads classes of this project (`pipeline.py`) and so
-# needs the repository on Python's path; the second is all of ppdiffusers.
-PIPELINES = {"LDMTextToImagePipeline": "bert", "LDMTextToImageUViTPipeline": "text_encoder"}
-STOCK_PIPELINE = "LDMTextToImageUViTPipeline"
 
 # What the stock pipeline divides latents by, whatever the VAE's configuration says, and its most tokens.
 _STOCK_SCALING_FACTOR = 0.18215

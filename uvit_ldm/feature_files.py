@@ -21,7 +21,6 @@ import numpy as np
 
 from latent_diffusion.array_files import ArrayFilesWriter, array_file, write_file
 from latent_diffusion.errors import InputError
-from latent_diffusion.features import read_array
 from latent_diffusion.records import Contents
 from latent_diffusion.weights import read_object_array
 
@@ -108,13 +107,17 @@ def _array_names(folder: Path) -> list[str]:
         raise InputError(f"cannot list the feature folder {folder}: {error.strerror}") from None
 
 
-def read_prompts(feature_path: Path) -> list[tuple[str, np.ndarray]]:
+def read_prompts(feature_path: Path, shape: tuple[int, int]) -> list[tuple[str, np.ndarray]]:
     """The prompts of `run_vis` in the order of their numbers, each with its context, float32 [L, D]; [] without any.
 
     The files are pickles; nothing in them is executed.
 
+    Args:
+        feature_path: holds the folder.
+        shape: (L, D) of a context.
+
     Raises:
-        InputError: a file is damaged, or holds anything but a text and a context shaped as that of the empty caption.
+        InputError: a file is damaged, or holds anything but a text and a context of that shape.
     """
     folder = prompts_folder(feature_path)
     if not folder.is_dir():
@@ -123,7 +126,6 @@ def read_prompts(feature_path: Path) -> list[tuple[str, np.ndarray]]:
     if strangers := [name for name in names if not _NAME.fullmatch(name) or "_" in name]:
         raise InputError(f"{folder / strangers[0]} is not named by a number; move it away")
     names.sort(key=lambda name: int(name.removesuffix(".npy")))
-    shape = read_array(empty_context_path(feature_path)).shape
     return [_read_prompt(folder / name, shape) for name in names]
 
 

@@ -159,6 +159,8 @@ class PackedCocoFeatures(CocoFeatures):
 
 
 def _check_present(folder: Path, split: str) -> None:
+    for partial in sorted((folder / split).glob("*.partial")):
+        raise InputError(f"{partial} is there: the extraction is not complete; run the same command again")
     if (folder / split).is_dir():
         return
     names = sorted(path.name for path in folder.iterdir()) if folder.is_dir() else []

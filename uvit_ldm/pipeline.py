@@ -72,20 +72,21 @@ class UViTT2IModel(_AnyDevice, MergesTokens, ModelMixin, ConfigMixin):
         num_text_tokens: int = 77,
     ):
         super().__init__()
-        network = UViT(
-            UViTConfig(
-                sample_size=sample_size,
-                patch_size=patch_size,
-                in_channels=in_channels,
-                num_layers=num_layers,
-                num_attention_heads=num_attention_heads,
-                attention_head_dim=attention_head_dim,
-                mlp_ratio=mlp_ratio,
-                qkv_bias=qkv_bias,
-                clip_dim=clip_dim,
-                num_text_tokens=num_text_tokens,
-            )
+        config = UViTConfig(
+            sample_size=sample_size,
+            patch_size=patch_size,
+            in_channels=in_channels,
+            num_layers=num_layers,
+            num_attention_heads=num_attention_heads,
+            attention_head_dim=attention_head_dim,
+            mlp_ratio=mlp_ratio,
+            qkv_bias=qkv_bias,
+            clip_dim=clip_dim,
+            num_text_tokens=num_text_tokens,
         )
+        # Not every kernel that draws initial weights knows half precision; the loader casts the weights it sets.
+        with paddle.dtype_guard("float32"):
+            network = UViT(config)
         # Its layers become this one's, so that the weights keep their names.
         for name, layer in network.named_children():
             self.add_sublayer(name, layer)

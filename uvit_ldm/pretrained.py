@@ -39,7 +39,7 @@ def read_pretrained(
         source: one of
             - a checkpoint folder, an output folder (its newest checkpoint), or a `.pdparams` file of this suite;
             - a file of the official PyTorch code (`nnet.pth`, `nnet_ema.pth`), or the folder `<step>.ckpt` of both;
-            - a `.pdparams` file of PaddleMIX;
+            - a `.pdparams` file of PaddleMIX: its raw weights, since the average there was never updated;
             - a pipeline folder of ppdiffusers, its `unet` folder, or the weight file in that.
         config_file: the configuration (`config/uvit_*.json`), for weights that nothing describes.
         use_ema: of a folder that holds both take the averaged weights, not the raw ones.
@@ -59,7 +59,7 @@ def read_pretrained(
 
 
 def build_model(config: UViTConfig, pretrained: Path | None, resumed: Path | None) -> tuple[UViT, list[str]]:
-    """The network that training begins with, and sentences about what was changed to fit (there are none).
+    """The network that training begins with, and sentences about where it comes from.
 
     Args:
         config: the configuration to train.
@@ -81,11 +81,13 @@ def build_model(config: UViTConfig, pretrained: Path | None, resumed: Path | Non
             )
     model = found.network()
     model.train()
-    return model, []
+    return model, [f"starting from {found.source}"]
 
 
 def _find_official(folder: Path, use_ema: bool) -> Path | None:
-    file = folder / _OFFICIAL_FILES[use_ema]
+    file, other = folder / _OFFICIAL_FILES[use_ema], folder / _OFFICIAL_FILES[not use_ema]
+    if other.is_file() and not file.is_file():
+        raise InputError(f"{file} does not exist; give {other} itself, or --use_ema {not use_ema}")
     return file if file.is_file() else None
 
 

@@ -16,15 +16,13 @@ from latent_diffusion.trainer import LatentDiffusionTrainer, run_training
 from latent_diffusion.training_arguments import SuiteArguments, SuiteTrainingArguments
 from latent_diffusion.vae import decode_latents, load_vae_for_images
 
-from .configuration import UViTConfig
+from .configuration import STABLE_DIFFUSION, UViTConfig
 from .feature_files import read_prompts
 from .features import CocoFeatures, open_features
 from .modeling import UViT
 from .objective import make_objective
 from .pretrained import build_model
 from .sampling import make_sampler, sample_latents
-
-STABLE_DIFFUSION = "runwayml/stable-diffusion-v1-5"
 
 # Logged images: the scale of the reference's evaluation (its s = 1), and the one of pipelines' examples.
 GUIDANCE_SCALES = (2.0, 7.5)
@@ -143,7 +141,7 @@ def _prompts(config: UViTConfig, uvit_args: UViTArguments) -> list[tuple[str, np
     """Prompts to draw and what the text encoder makes of them; none, with one warning, where that cannot be had."""
     given = uvit_args.validation_prompts
     if not given:
-        prompts = read_prompts(Path(uvit_args.feature_path))
+        prompts = read_prompts(Path(uvit_args.feature_path), config.context_shape)
         if not prompts:
             print(
                 f"note: no images will be logged: {uvit_args.feature_path} has no run_vis; --validation_prompts names "

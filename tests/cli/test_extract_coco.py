@@ -112,7 +112,7 @@ def test_training_reads_images_captions_and_prompts(root, results, clip_folder, 
     tolerance = 1e-4 if layout == "files" else 1e-2
     np.testing.assert_allclose(store._context(4, 2), encoder.encode([CAPTIONS[2]])[0], atol=tolerance)
     np.testing.assert_allclose(store.empty_context, encoder.encode([""])[0], atol=1e-4)
-    prompts = read_prompts(root / f"{layout}_1")
+    prompts = read_prompts(root / f"{layout}_1", CONFIG.context_shape)
     assert [prompt for prompt, _ in prompts] == PROMPTS
     np.testing.assert_allclose(prompts[1][1], encoder.encode([PROMPTS[1]])[0], atol=1e-4)
 

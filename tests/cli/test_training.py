@@ -265,7 +265,7 @@ def test_a_bad_file_met_during_training_ends_the_run_and_is_named(root, later):
 
 def test_a_run_that_overwrites_keeps_the_earlier_checkpoints_aside(root, later):
     later["overwritten"].ok()
-    assert "from scratch" in later["overwritten"].out and "overwritten-1" in later["overwritten"].err
+    assert "from step 0" in later["overwritten"].out and "overwritten-1" in later["overwritten"].err
     out = root / "overwritten/out"
     assert checkpoints(root / "overwritten") == ["checkpoint-1"]
     assert content(out / "overwritten-1/checkpoint-2") == content(root / "one/out/checkpoint-2")

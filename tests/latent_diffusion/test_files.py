@@ -169,3 +169,12 @@ def test_a_folder_that_cannot_be_written_is_named(tmp_path, monkeypatch):
         pass
     with pytest.raises(InputError, match="the folder .* \\(Permission denied\\)"), preparing_folder(tmp_path):
         pass
+
+
+def test_a_new_folder_below_a_file_is_named(tmp_path):
+    (tmp_path / "file").write_text("")
+    with (
+        pytest.raises(InputError, match="cannot make or write into the folder .*out"),
+        new_folder(tmp_path / "file/out", "x"),
+    ):
+        pass

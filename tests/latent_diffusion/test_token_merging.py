@@ -272,3 +272,23 @@ def test_where_nothing_can_merge_the_class_is_named():
         apply_tome(nn.Linear(2, 2))
     with pytest.raises(InputError, match="Pipeline has no blocks"):
         apply_tome(pipeline_of(nn.Linear(2, 2)))
+
+
+def test_applying_again_replaces_and_removing_again_does_nothing(transformer):
+    before = denoise(transformer)
+    apply_tome(transformer, ratio=0.25)
+    once = denoise(transformer)
+    apply_tome(transformer, ratio=0.5)
+    apply_tome(transformer, ratio=0.25)
+    np.testing.assert_array_equal(denoise(transformer), once)
+    remove_tome(transformer)
+    remove_tome(transformer)
+    np.testing.assert_array_equal(denoise(transformer), before)
+
+
+def test_a_stock_dit_in_training_mode_merges_nothing(transformer):
+    for block in transformer.transformer_blocks:
+        block.train()
+    before = denoise(transformer)
+    apply_tome(transformer, ratio=0.5)
+    np.testing.assert_array_equal(denoise(transformer), before)

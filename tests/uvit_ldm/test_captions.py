@@ -34,7 +34,7 @@ def test_images_are_ordered_by_id_and_captions_as_in_the_file(tmp_path):
     ]
 
 
-@pytest.mark.parametrize("name", ["/etc/passwd", "../secret.jpg", "a/../../b.jpg", "", ".", "a\0.jpg"])
+@pytest.mark.parametrize("name", ["/etc/passwd", "../secret.jpg", "a/../../b.jpg", "", ".", "a\0.jpg", "\ud800.jpg"])
 def test_an_image_elsewhere_is_refused(tmp_path, name):
     with pytest.raises(InputError, match=r"captions\.json names the image .*, which is no path below the folder"):
         read_captions(write(tmp_path, [image(1, name)], [caption(1, "a cat")]))

@@ -267,7 +267,7 @@ def test_prompts_replace_earlier_ones(extract, tmp_path):
     extract(tmp_path)
     write_prompts(tmp_path, ["a", "b", "c"], Encoder())
     write_prompts(tmp_path, ["x", "y"], Encoder())
-    found = read_prompts(tmp_path)
+    found = read_prompts(tmp_path, (Encoder.length, Encoder.width))
     assert [prompt for prompt, _ in found] == ["x", "y"]
     for prompt, context in found:
         np.testing.assert_array_equal(context, Encoder().encode([prompt])[0], strict=True)

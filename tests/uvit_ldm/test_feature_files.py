@@ -55,7 +55,7 @@ def test_prompts_are_read_in_the_order_of_their_numbers(tmp_path):
     features = shutil.copytree(TINY, tmp_path / "features")
     (features / "run_vis/1.npy").rename(features / "run_vis/10.npy")
     shutil.copy(features / "run_vis/0.npy", features / "run_vis/9.npy")
-    prompts = read_prompts(features)
+    prompts = read_prompts(features, (7, 32))
     train, skiers = (
         "A green train is coming down the tracks.",
         "A group of skiers are preparing to ski down a mountain.",
@@ -65,13 +65,13 @@ def test_prompts_are_read_in_the_order_of_their_numbers(tmp_path):
 
 
 def test_a_prompt_is_written_as_the_official_code_writes_it(tmp_path):
-    for number, (prompt, context) in enumerate(read_prompts(TINY)):
+    for number, (prompt, context) in enumerate(read_prompts(TINY, (7, 32))):
         write_prompt(tmp_path / "prompt.npy", prompt, context)
         assert (tmp_path / "prompt.npy").read_bytes() == (TINY / f"run_vis/{number}.npy").read_bytes()
 
 
 def test_features_may_have_no_prompts(tmp_path):
-    assert read_prompts(tmp_path) == []
+    assert read_prompts(tmp_path, (7, 32)) == []
 
 
 class Bomb:
@@ -98,7 +98,7 @@ def test_a_hostile_prompt_is_refused_and_not_executed(tmp_path):
         with pytest.raises(
             InputError, match=r"run_vis/1\.npy was refused: it asks for posix\.mkdir, which does not belong"
         ):
-            read_prompts(features)
+            read_prompts(features, (7, 32))
     assert not any(path.exists() for path in traces)
     np.load(features / "run_vis/1.npy", allow_pickle=True)
     assert traces[1].exists()
@@ -119,7 +119,7 @@ def test_a_bad_prompt_is_named(tmp_path, array, message):
     features = shutil.copytree(TINY, tmp_path / "features")
     np.save(features / "run_vis/1.npy", array, allow_pickle=True)
     with pytest.raises(InputError, match=message) as error:
-        read_prompts(features)
+        read_prompts(features, (7, 32))
     assert "run_vis/1.npy" in str(error.value) and "\n" not in str(error.value)
 
 
@@ -127,4 +127,4 @@ def test_a_prompt_without_number_is_named(tmp_path):
     features = shutil.copytree(TINY, tmp_path / "features")
     (features / "run_vis/0_1.npy").touch()
     with pytest.raises(InputError, match=r"run_vis/0_1\.npy is not named by a number"):
-        read_prompts(features)
+        read_prompts(features, (7, 32))

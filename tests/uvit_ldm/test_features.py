@@ -238,6 +238,13 @@ def test_packed_images_without_captions_are_incomplete(packed, tiny_config):
         open_features(packed, tiny_config)
 
 
+@pytest.mark.parametrize("kind", ["images", "captions"])
+def test_an_unfinished_extraction_is_named(packed, tiny_config, kind):
+    (packed / f"train/{kind}").rename(packed / f"train/{kind}.partial")
+    with pytest.raises(InputError, match=rf"train/{kind}\.partial is there: the extraction is not complete"):
+        open_features(packed, tiny_config)
+
+
 def test_captions_in_place_of_images_are_refused(packed, tiny_config):
     shutil.rmtree(packed / "train/images")
     shutil.copytree(packed / "train/captions", packed / "train/images")

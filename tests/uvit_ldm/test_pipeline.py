@@ -145,3 +145,10 @@ def test_token_merging_is_switched_on_and_off(pipe, part):
     np.testing.assert_array_equal(draw(pipe), before)
     target.apply_tome(ratio=0.0)
     np.testing.assert_array_equal(draw(pipe), before)
+
+
+def test_half_precision_loads_where_kernels_that_draw_have_none(folder, monkeypatch):
+    """As on a GPU, where the dtype is not dropped."""
+    monkeypatch.setattr(paddle.device, "get_device", lambda: "gpu:0")
+    loaded = UViTT2IModel.from_pretrained(str(folder / "unet"), paddle_dtype=paddle.float16)
+    assert {parameter.dtype for parameter in loaded.parameters()} == {paddle.float16}

@@ -69,6 +69,12 @@ def test_a_checkpoint_folder_of_the_official_code(official_files, config_file, m
     assert_same_weights(found.weights, make_uvit("uvit_ema" if use_ema else "uvit"))
 
 
+def test_a_checkpoint_folder_of_the_official_code_without_average_says_so(official_files, config_file, tmp_path):
+    shutil.copy(official_files["uvit"], tmp_path / "nnet.pth")
+    with pytest.raises(InputError, match=r"nnet_ema\.pth does not exist; give .*nnet\.pth itself, or --use_ema False"):
+        read_pretrained(tmp_path, config_file)
+
+
 def test_an_official_file_is_not_described_by_what_lies_beside_it(official_files, tiny_config, other_file, tmp_path):
     """A `config.json` there may be of anything."""
     shutil.copy(official_files["uvit"], tmp_path / "nnet.pth")
@@ -230,7 +236,7 @@ def test_a_file_that_would_run_code_is_refused(config_file, tmp_path, name):
 
 def test_training_begins_with_official_weights(official_files, tiny_config, make_uvit):
     model, notes = build_model(tiny_config, official_files["uvit"], None)
-    assert model.training and notes == []
+    assert model.training and notes == [f"starting from {official_files['uvit']}"]
     assert_same_weights({name: tensor.numpy() for name, tensor in model.state_dict().items()}, make_uvit())
 
 

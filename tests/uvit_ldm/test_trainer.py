@@ -106,7 +106,7 @@ def captions(monkeypatch) -> list[list[str]]:
 
 
 def test_the_prompts_of_the_features_are_drawn(make_drawer, uvit, store, vae_folder, captions):
-    prompts = read_prompts(FEATURES)
+    prompts = read_prompts(FEATURES, (7, 32))
     grids = make_drawer()(uvit)
     assert grids.keys() == {"guidance_2", "guidance_7.5"}
     assert captions == 2 * [[text for text, _ in prompts]]
