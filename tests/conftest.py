@@ -62,21 +62,31 @@ def load_official(model: DiT, state: dict[str, np.ndarray]) -> DiT:
     return model.eval()
 
 
-@pytest.fixture(scope="session")
-def golden():
-    """`golden("forward")` -> the arrays of tests/data/dit/forward.npz."""
+def arrays_of(folder: Path):
+    """`arrays_of(folder)("forward")` -> the arrays of folder/forward.npz."""
 
     def load(name: str) -> dict[str, np.ndarray]:
-        with np.load(DATA / f"{name}.npz") as file:
+        with np.load(folder / f"{name}.npz") as file:
             return dict(file)
 
     return load
 
 
+def json_of(folder: Path):
+    """`json_of(folder)("models")` -> the content of folder/models.json."""
+    return lambda name: json.loads((folder / f"{name}.json").read_text())
+
+
+@pytest.fixture(scope="session")
+def golden():
+    """The arrays of tests/data/dit, see `arrays_of`."""
+    return arrays_of(DATA)
+
+
 @pytest.fixture(scope="session")
 def golden_json():
-    """`golden_json("models")` -> the content of tests/data/dit/models.json."""
-    return lambda name: json.loads((DATA / f"{name}.json").read_text())
+    """The JSON files of tests/data/dit, see `json_of`."""
+    return json_of(DATA)
 
 
 @pytest.fixture(scope="session")

@@ -2,7 +2,6 @@
 
 import dataclasses
 import gzip
-import json
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +11,7 @@ import pytest
 from latent_diffusion.ema import EMA
 from latent_diffusion.text_encoder import TextEncoder
 from latent_diffusion.weights import read_torch
-from tests.conftest import load_official
+from tests.conftest import arrays_of, json_of, load_official
 from uvit_ldm.configuration import UViTConfig
 from uvit_ldm.modeling import UViT
 from uvit_ldm.objective import make_objective
@@ -38,19 +37,14 @@ def uvit_config(arguments: dict) -> UViTConfig:
 
 @pytest.fixture(scope="session")
 def golden():
-    """`golden("forward")` -> the arrays of tests/data/uvit/forward.npz."""
-
-    def load(name: str) -> dict[str, np.ndarray]:
-        with np.load(DATA / f"{name}.npz") as file:
-            return dict(file)
-
-    return load
+    """The arrays of tests/data/uvit, see `arrays_of`."""
+    return arrays_of(DATA)
 
 
 @pytest.fixture(scope="session")
 def golden_json():
-    """`golden_json("models")` -> the content of tests/data/uvit/models.json."""
-    return lambda name: json.loads((DATA / f"{name}.json").read_text())
+    """The JSON files of tests/data/uvit, see `json_of`."""
+    return json_of(DATA)
 
 
 @pytest.fixture(scope="session")
