@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from latent_diffusion.configuration import VAE_DOWNSAMPLING, ModelConfig
+from latent_diffusion.configuration import VAE_DOWNSAMPLING, ModelConfig, check_image_size
 from latent_diffusion.errors import InputError
 
 # DiT paper, table 1: layers, hidden size / heads, heads.
@@ -78,8 +78,7 @@ class DiTConfig(ModelConfig):
         """
         if name not in MODEL_NAMES:
             raise InputError(f"unknown model {name!r}; known are {', '.join(MODEL_NAMES)}")
-        if image_size < 1 or image_size % VAE_DOWNSAMPLING:
-            raise InputError(f"the image size {image_size} is not a positive multiple of {VAE_DOWNSAMPLING}")
+        check_image_size(image_size)
         size, patch = name.removeprefix("DiT-").split("/")
         layers, head_dim, heads = _SIZES[size]
         return cls(

@@ -7,7 +7,7 @@ import numpy as np
 import paddle
 
 from latent_diffusion.errors import InputError
-from latent_diffusion.files import new_folder
+from latent_diffusion.files import new_folder, write_json
 from latent_diffusion.vae import check_channels, check_downsampling, load_vae
 from latent_diffusion.weights import transpose_linear, write_safetensors
 
@@ -122,11 +122,11 @@ def _save_for_diffusers(pipeline, config: DiTConfig, labels: dict, folder: Path)
         "scheduler": ("DDIMScheduler", _public(pipeline.scheduler.config)),
     }
     libraries = {name: ["diffusers", cls] for name, (cls, _) in components.items()}
-    _write_json(folder / "model_index.json", {"_class_name": "DiTPipeline"} | libraries | labels)
+    write_json(folder / "model_index.json", {"_class_name": "DiTPipeline"} | libraries | labels)
     for name, (cls, arguments) in components.items():
         (folder / name).mkdir()
         file = "scheduler_config.json" if name == "scheduler" else "config.json"
-        _write_json(folder / name / file, {"_class_name": cls} | arguments)
+        write_json(folder / name / file, {"_class_name": cls} | arguments)
     for name in ("transformer", "vae"):
         write_torch_weights(folder / name / "diffusion_pytorch_model.safetensors", getattr(pipeline, name))
 
@@ -139,10 +139,6 @@ def write_torch_weights(path: Path, layer: paddle.nn.Layer) -> None:
 def _public(config: dict) -> dict:
     """The arguments that a ppdiffusers component was given; None stands for those that diffusers may not know."""
     return {key: value for key, value in config.items() if not key.startswith("_") and value is not None}
-
-
-def _write_json(path: Path, values: dict) -> None:
-    path.write_text(json.dumps(values, indent=2) + "\n")
 
 
 def _arrays(layer: paddle.nn.Layer) -> dict[str, np.ndarray]:

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
+from latent_diffusion.configuration import VAE_DOWNSAMPLING, check_image_size
 from latent_diffusion.errors import InputError
 from latent_diffusion.extraction import (
     LAYOUTS,
@@ -21,7 +22,6 @@ from latent_diffusion.packed import is_packed
 from latent_diffusion.records import LATENTS, MOMENTS, ImageContents, image_list_sha256
 from latent_diffusion.vae import check_downsampling, encode_moments, sample_moments
 
-from .configuration import VAE_DOWNSAMPLING
 from .feature_files import FeatureFilesWriter
 
 # How `center_crop` makes images squares.
@@ -49,8 +49,7 @@ class ExtractionSettings:
     seed: int = 0
 
     def __post_init__(self):
-        if self.resolution < 1 or self.resolution % VAE_DOWNSAMPLING:
-            raise InputError(f"the image size {self.resolution} is not a positive multiple of {VAE_DOWNSAMPLING}")
+        check_image_size(self.resolution)
         if self.seed < 0:
             raise InputError(f"the seed must be at least 0, not {self.seed}")
 

@@ -6,9 +6,16 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from .errors import InputError
+from .files import write_json
 
 # The VAE of Stable Diffusion, whose latents both systems train on, halves the image three times.
 VAE_DOWNSAMPLING = 8
+
+
+def check_image_size(size: int) -> None:
+    """Raises `InputError` unless the VAE can bring images of this side, in pixels, to latents."""
+    if size < 1 or size % VAE_DOWNSAMPLING:
+        raise InputError(f"the image size {size} is not a positive multiple of {VAE_DOWNSAMPLING}")
 
 
 @dataclass(frozen=True)
@@ -72,7 +79,7 @@ class ModelConfig:
 
     def save(self, path: str | Path) -> None:
         """Writes the configuration as JSON."""
-        Path(path).write_text(json.dumps(self.to_dict(), indent=2) + "\n")
+        write_json(Path(path), self.to_dict())
 
     @classmethod
     def from_dict(cls, values: dict, source: str = "the configuration") -> "ModelConfig":

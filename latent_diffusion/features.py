@@ -7,6 +7,7 @@ Every random draw of a training sample (order, flip, dropped condition, timestep
 import contextlib
 import ctypes
 import functools
+import os
 import signal
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
@@ -52,6 +53,19 @@ def read_array(path: Path, shape: tuple[int, ...] | None = None) -> np.ndarray:
     return array
 
 
+def array_names(folder: Path) -> list[str]:
+    """Names of the `.npy` files of a folder, in no order; no file is asked for its status.
+
+    Raises:
+        InputError: the folder cannot be listed.
+    """
+    try:
+        with os.scandir(folder) as entries:
+            return [entry.name for entry in entries if entry.name.endswith(".npy")]
+    except OSError as error:
+        raise InputError(f"cannot list the feature folder {folder}: {error.strerror}") from None
+
+
 def list_arrays(folder: Path) -> list[str]:
     """Names of the `.npy` files of a folder in order: by number where all names are numbers, else by text.
 
@@ -60,10 +74,7 @@ def list_arrays(folder: Path) -> list[str]:
     Raises:
         InputError: the folder is missing or holds none.
     """
-    try:
-        names = [entry.name for entry in folder.iterdir() if entry.name.endswith(".npy")]
-    except OSError as error:
-        raise InputError(f"cannot list the feature folder {folder}: {error.strerror}") from None
+    names = array_names(folder)
     if not names:
         raise InputError(f"the feature folder {folder} holds no .npy file")
     if all(name.removesuffix(".npy").isdecimal() for name in names):

@@ -2,6 +2,7 @@
 
 import contextlib
 import errno
+import json
 import os
 import shutil
 import uuid
@@ -24,6 +25,11 @@ def replace_file(path: Path, write: Callable[[Path], object]) -> None:
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
+
+
+def write_json(path: Path, values: dict) -> None:
+    """Writes a JSON object, indented; not at once, so into a folder that is not there under its name yet."""
+    path.write_text(json.dumps(values, indent=2) + "\n")
 
 
 @contextlib.contextmanager

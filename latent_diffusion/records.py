@@ -19,7 +19,7 @@ from typing import Any, ClassVar
 import numpy as np
 
 from .errors import InputError
-from .files import replace_file
+from .files import replace_file, write_json
 
 LATENTS, MOMENTS, CONTEXTS = "latents", "moments", "contexts"
 
@@ -243,7 +243,7 @@ def skipped_images(manifest: dict[str, Any], path: Path) -> list[str]:
 
 def write_manifest(path: Path, values: dict[str, Any]) -> None:
     """Writes a manifest."""
-    replace_file(path, lambda temporary: temporary.write_text(json.dumps(values, indent=2) + "\n"))
+    replace_file(path, lambda temporary: write_json(temporary, values))
 
 
 def claim_manifest(path: Path, values: dict[str, Any]) -> None:

@@ -12,6 +12,8 @@ from .ops import Linear
 from .runtime import is_first_process
 from .token_merging import MergesTokens, TokenMerging, merged_calls
 
+NEEDS_GPU = "memory-efficient attention needs a GPU: it has no effect on a CPU"
+
 
 class PatchEmbed(nn.Layer):
     """Latents [B, C, H, W] -> tokens [B, N, D], row by row."""
@@ -95,10 +97,14 @@ class Backbone(MergesTokens, nn.Layer):
     def enable_xformers_memory_efficient_attention(self) -> None:
         """Uses Paddle's flash / memory-efficient attention; on a CPU says that this has no effect."""
         if not paddle.device.is_compiled_with_cuda() and is_first_process():
-            print("note: memory-efficient attention needs a GPU: it has no effect on a CPU", file=sys.stderr)
+            print(f"note: {NEEDS_GPU}", file=sys.stderr)
+        self.set_memory_efficient_attention(True)
+
+    def set_memory_efficient_attention(self, enabled: bool) -> None:
+        """Switches Paddle's flash / memory-efficient attention on or off."""
         for layer in self.sublayers():
             if isinstance(layer, Attention):
-                layer.memory_efficient = True
+                layer.memory_efficient = enabled
 
     def _run(self, block: nn.Layer, *inputs: paddle.Tensor) -> paddle.Tensor:
         """A block's output, computed again in the backward pass if so switched."""

@@ -9,7 +9,7 @@ import paddle
 
 from latent_diffusion.configuration import VAE_DOWNSAMPLING
 from latent_diffusion.errors import InputError
-from latent_diffusion.files import new_folder
+from latent_diffusion.files import new_folder, write_json
 from latent_diffusion.pretrained import COMPONENT_CONFIG
 from latent_diffusion.text_encoder import TextEncoder
 from latent_diffusion.vae import check_channels, check_downsampling, load_vae
@@ -65,7 +65,7 @@ def export_pipeline(
         scheduler.save_pretrained(str(folder / "scheduler"))
         _save_network(model, folder / COMPONENT)
         own = "ppdiffusers" if stock else "uvit_ldm.pipeline"
-        _write_json(
+        write_json(
             folder / "model_index.json",
             {
                 "_class_name": pipeline,
@@ -118,14 +118,14 @@ def _save_tokenizer(tokenizer, folder: Path) -> None:
     # It would say where on this machine it was read.
     path = folder / "tokenizer_config.json"
     values = json.loads(path.read_text())
-    _write_json(path, {key: value for key, value in values.items() if key not in _PLACES})
+    write_json(path, {key: value for key, value in values.items() if key not in _PLACES})
 
 
 def _save_network(model: UViT, folder: Path) -> None:
     folder.mkdir()
     arguments = model.config.to_dict()
     scaling_factor = arguments.pop("scaling_factor")
-    _write_json(folder / COMPONENT_CONFIG, {"_class_name": "UViTT2IModel"} | arguments | {SCALING_KEY: scaling_factor})
+    write_json(folder / COMPONENT_CONFIG, {"_class_name": "UViTT2IModel"} | arguments | {SCALING_KEY: scaling_factor})
     write_paddle(folder / _MODEL_FILE, model.state_dict())
 
 
@@ -143,7 +143,3 @@ def _difference(model: UViT, folder: Path, stock: bool) -> float:
     )
     t = paddle.to_tensor([500, 500])
     return float((model(x, t, context) - exported(x, t, context).sample).abs().max())
-
-
-def _write_json(path: Path, values: dict) -> None:
-    path.write_text(json.dumps(values, indent=2) + "\n")

@@ -11,7 +11,7 @@ import numpy as np
 
 from latent_diffusion import distributed
 from latent_diffusion.array_files import array_file
-from latent_diffusion.configuration import VAE_DOWNSAMPLING
+from latent_diffusion.configuration import VAE_DOWNSAMPLING, check_image_size
 from latent_diffusion.errors import InputError
 from latent_diffusion.extraction import (
     LAYOUTS,
@@ -71,8 +71,7 @@ class ExtractionSettings:
     dtype: str | None = None
 
     def __post_init__(self):
-        if self.resolution < 1 or self.resolution % VAE_DOWNSAMPLING:
-            raise InputError(f"the image size {self.resolution} is not a positive multiple of {VAE_DOWNSAMPLING}")
+        check_image_size(self.resolution)
 
     def image_contents(self, vae, images: list[CaptionedImage]) -> ImageContents:
         """What is extracted of images with the `AutoencoderKL` that the settings name."""

@@ -12,7 +12,6 @@ i and k count from 0 without gaps; every image has a caption, how many differs. 
 """
 
 import itertools
-import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -21,6 +20,7 @@ import numpy as np
 
 from latent_diffusion.array_files import ArrayFilesWriter, array_file, write_file
 from latent_diffusion.errors import InputError
+from latent_diffusion.features import array_names
 from latent_diffusion.records import Contents
 from latent_diffusion.weights import read_object_array
 
@@ -67,7 +67,7 @@ def count_captions(folder: Path) -> np.ndarray:
         InputError: there is no image, a number is missing, an image has no caption, or a caption no image.
     """
     images, owners, captions = [], [], []
-    for name in _array_names(folder):
+    for name in array_names(folder):
         match = _NAME.fullmatch(name)
         if match is None:
             raise InputError(f"{folder / name} is named neither <image>.npy nor <image>_<caption>.npy; move it away")
@@ -99,14 +99,6 @@ def _checked_counts(folder: Path, owners: np.ndarray, captions: np.ndarray, imag
     return counts
 
 
-def _array_names(folder: Path) -> list[str]:
-    try:
-        with os.scandir(folder) as entries:
-            return [entry.name for entry in entries if entry.name.endswith(".npy")]
-    except OSError as error:
-        raise InputError(f"cannot list the feature folder {folder}: {error.strerror}") from None
-
-
 def read_prompts(feature_path: Path, shape: tuple[int, int]) -> list[tuple[str, np.ndarray]]:
     """The prompts of `run_vis` in the order of their numbers, each with its context, float32 [L, D]; [] without any.
 
@@ -122,7 +114,7 @@ def read_prompts(feature_path: Path, shape: tuple[int, int]) -> list[tuple[str, 
     folder = prompts_folder(feature_path)
     if not folder.is_dir():
         return []
-    names = _array_names(folder)
+    names = array_names(folder)
     if strangers := [name for name in names if not _NAME.fullmatch(name) or "_" in name]:
         raise InputError(f"{folder / strangers[0]} is not named by a number; move it away")
     names.sort(key=lambda name: int(name.removesuffix(".npy")))

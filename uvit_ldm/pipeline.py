@@ -18,8 +18,8 @@ from ppdiffusers.models.modeling_utils import ModelMixin
 from ppdiffusers.models.uvit_t2i import UViTT2IModelOutput
 from ppdiffusers.transformers import CLIPTextModel as StockCLIPTextModel
 
-from latent_diffusion.attention import Attention
 from latent_diffusion.token_merging import MergesTokens
+from latent_diffusion.transformer import NEEDS_GPU
 
 from .configuration import UViTConfig
 from .modeling import UViT
@@ -33,7 +33,7 @@ def _note(text: str) -> None:
 
 
 def _without_effect(*_arguments: Any) -> None:
-    _note("memory-efficient attention needs a GPU: it has no effect on a CPU")
+    _note(NEEDS_GPU)
 
 
 class _AnyDevice:
@@ -122,9 +122,7 @@ class UViTT2IModel(_AnyDevice, MergesTokens, ModelMixin, ConfigMixin):
 
     def set_use_memory_efficient_attention_xformers(self, valid: bool, attention_op: str | None = None) -> None:
         """What the pipeline's switch calls; Paddle chooses the kernel, `attention_op` has no effect."""
-        for layer in self.sublayers():
-            if isinstance(layer, Attention):
-                layer.memory_efficient = valid
+        self._network.set_memory_efficient_attention(valid)
 
     def _merging_blocks(self):
         return self._network._merging_blocks()
