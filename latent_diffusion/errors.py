@@ -16,6 +16,10 @@ class InputError(ValueError):
     """Bad input: the message is one sentence that names the file, flag or value and says what to do."""
 
 
+class NotFiniteError(InputError):
+    """Samples that are not finite, which a network may draw early in training."""
+
+
 @contextlib.contextmanager
 def naming_missing_libraries():
     """Turns the import error of a missing shared library into an `InputError` that names its package."""

@@ -27,6 +27,17 @@ def replace_file(path: Path, write: Callable[[Path], object]) -> None:
         raise
 
 
+def write_file(path: Path, write: Callable[[Path], object]) -> None:
+    """As `replace_file`, for a file that a user names: makes its folder, and says in one sentence what goes wrong.
+
+    Raises:
+        InputError: the file or its folder cannot be made.
+    """
+    with preparing_folder(path.absolute().parent):
+        path.absolute().parent.mkdir(parents=True, exist_ok=True)
+        replace_file(path, write)
+
+
 def write_json(path: Path, values: dict) -> None:
     """Writes a JSON object, indented; not at once, so into a folder that is not there under its name yet."""
     path.write_text(json.dumps(values, indent=2) + "\n")
@@ -102,6 +113,22 @@ def publish_folder(temporary: Path, path: Path) -> None:
         raise
     sync(path.parent)
     shutil.rmtree(replaced, ignore_errors=True)
+
+
+def read_lines(path: Path) -> list[str]:
+    """The lines of a text file, without white space around them.
+
+    Raises:
+        InputError: it cannot be read or is not UTF-8.
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise InputError(f"cannot read {path}: {error.strerror}") from None
+    except UnicodeDecodeError:
+        raise InputError(f"{path} is not UTF-8 text") from None
+    # A text may hold characters that `splitlines` takes for the end of a line.
+    return [line.strip() for line in text.removesuffix("\n").split("\n")]
 
 
 def sync(path: Path) -> None:

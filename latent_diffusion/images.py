@@ -35,7 +35,7 @@ def list_image_folder(root: Path) -> tuple[list[Path], list[int], list[str]]:
         raise InputError(f"the image folder {root} holds no class folders")
     paths, labels = [], []
     for label, name in enumerate(classes):
-        found = _images_below(root / name)
+        found = images_below(root / name)
         if not found:
             raise InputError(f"the class folder {root / name} holds no images")
         paths += found
@@ -43,7 +43,8 @@ def list_image_folder(root: Path) -> tuple[list[Path], list[int], list[str]]:
     return paths, labels, classes
 
 
-def _images_below(folder: Path) -> list[Path]:
+def images_below(folder: Path) -> list[Path]:
+    """Images in a folder at any depth, by folder and then by name; links to folders are followed."""
     return [
         Path(parent, name)
         for parent, _, names in sorted(os.walk(folder, followlinks=True))

@@ -7,7 +7,6 @@ labels.npy        [records] int64, -1 where an image could not be read: its reco
 
 import bisect
 import itertools
-import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,6 +28,7 @@ from .records import (
     skipped_images,
     write_manifest,
 )
+from .row_files import allocate, write_rows
 
 MANIFEST, LABELS = "manifest.json", "labels.npy"
 LAYOUT = {"layout": "packed", "version": 1}
@@ -75,10 +75,10 @@ class PackedWriter(RecordWriter):
         if self.labels.exists():
             return
         for shard in self.shards:
-            _allocate(shard.path, (shard.records, *self.contents.record_shape), self.contents.dtype)
+            allocate(shard.path, (shard.records, *self.contents.record_shape), self.contents.dtype)
         # Under its name the file of labels says that all shards were allocated.
         temporary = self.labels.with_suffix(".tmp")
-        _allocate(temporary, (self.contents.records,), "int64", ABSENT)
+        allocate(temporary, (self.contents.records,), "int64", ABSENT)
         temporary.rename(self.labels)
 
     def absent(self) -> list[int]:
@@ -88,8 +88,8 @@ class PackedWriter(RecordWriter):
         by_shard = itertools.groupby(zip(numbers, records, strict=True), lambda pair: pair[0] // RECORDS_PER_SHARD)
         for k, pairs in by_shard:
             first = self.shards[k].first
-            _write_rows(self.shards[k].path, [(number - first, record) for number, record in pairs], durable=True)
-        _write_rows(self.labels, zip(numbers, labels, strict=True), durable=False)
+            write_rows(self.shards[k].path, [(number - first, record) for number, record in pairs], durable=True)
+        write_rows(self.labels, zip(numbers, labels, strict=True), durable=False)
 
     def finish(self, skipped: list[str]) -> None:
         files = []
@@ -104,27 +104,6 @@ class PackedWriter(RecordWriter):
             "labels": {"file": LABELS, "sha256": file_sha256(self.labels)},
         }
         write_manifest(self.folder / MANIFEST, LAYOUT | self.contents.to_dict() | found)
-
-
-def _allocate(path: Path, shape: tuple[int, ...], dtype: str, value: int = 0) -> None:
-    """Makes an array file of equal values; zeros take no space until they are written over."""
-    array = np.lib.format.open_memmap(path, mode="w+", dtype=dtype, shape=shape)
-    if value:
-        array[:] = value
-        array.flush()
-
-
-def _write_rows(path: Path, rows, durable: bool) -> None:
-    """Writes rows over those of an array file: byte ranges, which other processes' writes do not touch."""
-    target = np.load(path, mmap_mode="r")
-    with path.open("r+b") as file:
-        for row, values in rows:
-            data = np.asarray(values, target.dtype).tobytes()
-            file.seek(target.offset + row * len(data))
-            file.write(data)
-        file.flush()
-        if durable:
-            os.fdatasync(file.fileno())
 
 
 class PackedReader(RecordReader):

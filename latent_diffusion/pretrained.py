@@ -1,5 +1,6 @@
 """Finding trained weights, wherever they lie, and the configuration that describes them."""
 
+import hashlib
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -13,6 +14,8 @@ from .configuration import ModelConfig
 from .errors import InputError
 from .weights import read_config
 
+# In every pipeline folder of (pp)diffusers.
+PIPELINE_INDEX = "model_index.json"
 # The configuration of a (pp)diffusers model, beside its weights.
 COMPONENT_CONFIG = "config.json"
 # Names under which it may hold them; which layout they have is told from their shapes.
@@ -78,7 +81,7 @@ def find_weights(source: Path, use_ema: bool, component: str) -> Path:
 
 def _find_component(folder: Path, component: str) -> Path | None:
     """The weight file of a pipeline folder or of its network's; None when it is neither."""
-    if (folder / "model_index.json").is_file():
+    if (folder / PIPELINE_INDEX).is_file():
         folder = folder / component
     elif not _names_a_class(folder / COMPONENT_CONFIG):
         return None
@@ -110,6 +113,15 @@ def plain_weights(weights: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     if all(name.startswith(_PARALLEL_PREFIX) for name in weights):
         weights = {name.removeprefix(_PARALLEL_PREFIX): value for name, value in weights.items()}
     return {name: value.astype(np.float32, copy=False) for name, value in weights.items()}
+
+
+def checksum(layer: paddle.nn.Layer) -> str:
+    """SHA-256 over names and values of all weights and buffers, in hexadecimal digits."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(layer.state_dict().items()):
+        digest.update(name.encode())
+        digest.update(tensor.numpy().tobytes())
+    return digest.hexdigest()
 
 
 def described_config(

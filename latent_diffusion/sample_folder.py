@@ -5,7 +5,6 @@
 <folder>.npz             "arr_0", uint8 [N, H, W, 3]: what ADM's evaluator takes (openai/guided-diffusion)
 """
 
-import json
 import time
 import zipfile
 from collections.abc import Callable, Iterable
@@ -16,9 +15,8 @@ import numpy as np
 from PIL import Image
 
 from .errors import InputError
-from .files import preparing_folder, replace_file
-
-SETTINGS = "settings.json"
+from .files import replace_file
+from .settings import claim_folder
 
 # Seconds between two looks at what the other processes have written.
 POLL_INTERVAL = 1.0
@@ -42,35 +40,15 @@ class SampleFolder:
             InputError: it was made with other settings, or holds something else, or images beyond those wanted, or
                 cannot be written.
         """
-        with preparing_folder(self.path):
-            self._check_settings(settings)
-            for path in self.path.glob(".*.tmp"):
-                path.unlink()  # what an interrupted run was writing
+        claim_folder(self.path, settings, "--sample-dir")
+        for path in self.path.glob(".*.tmp"):
+            path.unlink()  # what an interrupted run was writing
         wanted = {self._file(index).name for index in range(self.count)}
         if others := sorted({path.name for path in self.path.glob("*.png")} - wanted):
             raise InputError(
                 f"{self.path} holds {others[0]} ({len(others)} such), which is not among the {self.count} images "
                 "asked for; ask for more or remove it"
             )
-
-    def _check_settings(self, settings: dict[str, Any]) -> None:
-        file = self.path / SETTINGS
-        if not file.is_file():
-            if self.path.exists() and (not self.path.is_dir() or any(self.path.iterdir())):
-                raise InputError(f"{self.path} exists and has no {SETTINGS}: name or empty another folder for samples")
-            self.path.mkdir(parents=True, exist_ok=True)
-            replace_file(file, lambda path: path.write_text(json.dumps(settings, indent=2) + "\n"))
-            return
-        try:
-            found = dict(json.loads(file.read_text()))
-        except (OSError, ValueError, TypeError) as error:
-            raise InputError(f"cannot read {file}, which says what the folder's images are: {error}") from None
-        for key in sorted(found.keys() | settings.keys()):
-            if found.get(key) != settings.get(key):
-                raise InputError(
-                    f"{self.path} was sampled with {key} {found.get(key)!r}, not {settings.get(key)!r}; "
-                    "take another --sample-dir or remove the folder"
-                )
 
     def missing(self, indices: Iterable[int]) -> list[int]:
         """Those of `indices` that are wanted and not there yet."""

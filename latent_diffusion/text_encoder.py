@@ -20,7 +20,7 @@ _MODEL, _TOKENIZER = "text encoder", "tokenizer"
 # PaddleNLP called its configurations so before version 2.5.
 _CONFIG_FILES = ("config.json", "model_config.json")
 # PaddleNLP and transformers both write a `model.safetensors`.
-_WEIGHT_FILES = ("model_state.pdparams", "model.safetensors", "pytorch_model.bin")
+CLIP_WEIGHT_FILES = ("model_state.pdparams", "model.safetensors", "pytorch_model.bin")
 
 # What the output depends on, and the numbers of special tokens: an exported configuration keeps them.
 _CONFIG_KEYS = (
@@ -96,12 +96,7 @@ class TextEncoder:
                 f"the text encoder {text_encoder} takes 2 to {config.max_position_embeddings} tokens; "
                 f"choose another maximum length than {max_length}"
             )
-        # Its length is no measure: PaddleNLP counts special tokens twice that transformers lists in its configuration.
-        if (last := max(loaded.tokenizer.get_vocab().values())) >= config.vocab_size:
-            raise InputError(
-                f"the tokenizer {tokenizer} has a token {last}, but the text encoder {text_encoder} only knows "
-                f"{config.vocab_size}; give the tokenizer that belongs to it"
-            )
+        check_vocabulary(loaded.tokenizer, tokenizer, config.vocab_size, text_encoder)
         return loaded
 
     @property
@@ -149,25 +144,21 @@ def load_text_encoder(name_or_path: str):
     from paddlenlp.transformers.model_utils import no_init_weights
     from ppdiffusers.transformers import CLIPTextConfig, CLIPTextModel
 
-    folder = local_folder(name_or_path, (_CONFIG_FILES, _WEIGHT_FILES), _MODEL)
+    folder = local_folder(name_or_path, (_CONFIG_FILES, CLIP_WEIGHT_FILES), _MODEL)
     source = existing_file(folder, _CONFIG_FILES, _MODEL)
-    file = existing_file(folder, _WEIGHT_FILES, _MODEL)
+    file = existing_file(folder, CLIP_WEIGHT_FILES, _MODEL)
     config = read_json(source)
     try:
         with no_init_weights():  # which takes two of three seconds, and all weights are set below
-            model = CLIPTextModel(CLIPTextConfig(**_settings(config)))
+            model = CLIPTextModel(CLIPTextConfig(**text_settings(config)))
     except Exception as error:  # a wrong value can make its layers raise anything
         raise InputError(f"{source} does not describe a CLIP text encoder: {error}") from error
-    weights = _text_weights(read_weights(file), CLIPTextModel)
-    if _is_torch(weights, model.config, file):
-        tables = {name: value for name, value in weights.items() if name.endswith("_embedding.weight")}
-        weights = transpose_linear(weights) | tables
-    set_weights(model, weights, file)
+    set_weights(model, read_clip_weights(file, model.config.intermediate_size, _OTHER_PARTS), file)
     model.eval()
     return model
 
 
-def _settings(config: dict) -> dict:
+def text_settings(config: dict) -> dict:
     """Arguments of `CLIPTextConfig`; that of a whole CLIP is nested, and so was every one of old PaddleNLP."""
     for part in (config.get("text_config"), *config.get("init_args", ())):
         if isinstance(part, dict):
@@ -178,16 +169,32 @@ def _settings(config: dict) -> dict:
     return settings | {key: config[key] for key in _CONFIG_KEYS if key in config}
 
 
-def _text_weights(weights: dict[str, np.ndarray], model_class: type) -> dict[str, np.ndarray]:
-    """Those of the text network, under the names of today."""
-    former = model_class._deprecated_dict
+def read_clip_weights(file: Path, intermediate_size: int, left_out: tuple[str, ...]) -> dict[str, np.ndarray]:
+    """Reads the weights of a CLIP or of its text network: under ppdiffusers' names of today, Linear weights [in, out].
+
+    Args:
+        file: of ppdiffusers, PaddleNLP or transformers (PyTorch).
+        intermediate_size: of the text network's MLPs, which tells the layouts of safetensors files apart.
+        left_out: how the names begin that are not wanted.
+
+    Raises:
+        InputError: the file cannot be read or is refused.
+    """
+    from ppdiffusers.transformers import CLIPTextModel
+
+    weights = read_weights(file)
+    former = CLIPTextModel._deprecated_dict
     if any(former["key"] in name for name in weights):
         weights = {_replaced(name, former["name_mapping"]): value for name, value in weights.items()}
-    return {
+    weights = {
         name: value
         for name, value in weights.items()
-        if not name.startswith(_OTHER_PARTS) and not name.endswith(_POSITION_IDS)
+        if not name.startswith(left_out) and not name.endswith(_POSITION_IDS)
     }
+    if _is_torch(weights, intermediate_size, file):
+        tables = {name: value for name, value in weights.items() if name.endswith("_embedding.weight")}
+        weights = transpose_linear(weights) | tables
+    return weights
 
 
 def _replaced(text: str, replacements: dict[str, str]) -> str:
@@ -196,12 +203,12 @@ def _replaced(text: str, replacements: dict[str, str]) -> str:
     return text
 
 
-def _is_torch(weights: dict[str, np.ndarray], config: Any, file: Path) -> bool:
+def _is_torch(weights: dict[str, np.ndarray], intermediate_size: int, file: Path) -> bool:
     """Whether a Linear's weights are stored (out, in), as PyTorch does."""
     if file.suffix != ".safetensors":
         return file.suffix == ".bin"
     first = weights.get("text_model.encoder.layers.0.mlp.fc1.weight")
-    return first is not None and first.shape == (config.intermediate_size, config.hidden_size)
+    return first is not None and first.shape[:1] == (intermediate_size,)
 
 
 def load_tokenizer(name_or_path: str, max_length: int):
@@ -234,6 +241,16 @@ def load_tokenizer(name_or_path: str, max_length: int):
         )
     except Exception as error:  # a wrong value can make it raise anything
         raise InputError(f"the tokenizer folder {folder} holds no working {name}: {error}") from error
+
+
+def check_vocabulary(tokenizer: Any, tokenizer_name: str, vocab_size: int, model_name: str) -> None:
+    """Raises `InputError` if the tokenizer has tokens that a text network of `vocab_size` does not know."""
+    # Its length is no measure: PaddleNLP counts special tokens twice that transformers lists in its configuration.
+    if (last := max(tokenizer.get_vocab().values())) >= vocab_size:
+        raise InputError(
+            f"the tokenizer {tokenizer_name} has a token {last}, but the text encoder {model_name} only knows "
+            f"{vocab_size}; give the tokenizer that belongs to it"
+        )
 
 
 def _tokenizer_class(folder: Path) -> str:

@@ -9,7 +9,7 @@ import numpy as np
 import paddle
 
 from .checkpoint import set_weights
-from .errors import InputError
+from .errors import InputError, NotFiniteError
 from .hub import existing_file, local_folder, read_json
 from .weights import WEIGHT_SUFFIXES, read_weights, transpose_linear
 
@@ -235,14 +235,14 @@ def decode_latents(vae, latents: paddle.Tensor, batch_size: int = 16) -> np.ndar
     """Decodes scaled latents [B, C, h, w] to images, uint8 [B, H, W, 3], `batch_size` at a time.
 
     Raises:
-        InputError: values that are not finite come out, which would pass for colors.
+        NotFiniteError: values that are not finite come out, which would pass for colors.
     """
     images = []
     for start in range(0, latents.shape[0], batch_size):
         part = latents[start : start + batch_size].astype(vae.dtype) / vae.config.scaling_factor
         decoded = vae.decode(part).sample.astype("float32")
         if not paddle.isfinite(decoded).all():
-            raise InputError(
+            raise NotFiniteError(
                 "the samples are not finite: the weights are damaged, or half precision is too coarse for them; try "
                 "other weights, or --dtype fp32"
             )

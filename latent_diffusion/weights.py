@@ -28,6 +28,9 @@ from .files import replace_file
 
 WEIGHT_SUFFIXES = (".pdparams", ".pt", ".pth", ".bin", ".safetensors")
 
+# Where published weights are looked for: the folders of the scripts of facebookresearch/DiT and of MindONE.
+WEIGHT_FOLDERS = (Path("pretrained_models"), Path("models"))
+
 _ZIP = b"PK\x03\x04"
 _PICKLE = b"\x80"
 # The number 0x1950A86A20F9469CFC6C, pickled on its own: how torch.save began a file before PyTorch 1.6.
@@ -150,7 +153,7 @@ def read_paddle(path: str | os.PathLike) -> Any:
 
 
 def read_torch(path: str | os.PathLike) -> Any:
-    """Reads what `torch.save` of PyTorch 1.6 or later wrote, without PyTorch.
+    """Reads what `torch.save` wrote, without PyTorch: a zip archive, or before PyTorch 1.6 pickles and then the data.
 
     Returns:
         The saved dicts, lists and tuples with NumPy arrays for tensors and parameters, plain Python values otherwise.
@@ -158,16 +161,13 @@ def read_torch(path: str | os.PathLike) -> Any:
         a dict.
 
     Raises:
-        InputError: the file is missing, empty, damaged or in another format (also PyTorch's before 1.6), or asks for
-            anything but tensors.
+        InputError: the file is missing, empty, damaged or in another format, or asks for anything but tensors.
     """
     path = _existing(path)
     head = _head(path)
     if head.startswith(_OLD_TORCH):
-        raise InputError(
-            f"{path} is in the format PyTorch used before version 1.6; re-save it in a current PyTorch with "
-            "torch.save(torch.load(old_file, map_location='cpu', weights_only=True), new_file)"
-        )
+        with _refusing(path, "torch.save"), path.open("rb") as file:
+            return _plain(_read_old_torch(file, path))
     if not head.startswith(_ZIP):
         raise InputError(f"{path} is not a file of torch.save: it is no zip archive")
     with _refusing(path, "torch.save"), zipfile.ZipFile(path) as zip_file:
@@ -620,6 +620,47 @@ class _TorchArchive:
             raise InputError(f"{self._path} is not in little-endian byte order; re-save it on a common machine")
 
 
+def _read_old_torch(file: BinaryIO, path: Path) -> Any:
+    """The object in a file of PyTorch before 1.6, as `_legacy_save` of `torch/serialization.py` writes it.
+
+    Pickles follow each other: a number, a version, facts about the machine, the object and the keys of its storages;
+    then comes the data of each storage behind its count. So the object is read twice, first for the types of storages.
+    """
+
+    def unpickled(allowed: dict[str, Any], load_storage: Callable | None = None) -> Any:
+        return _Unpickler(file, path, allowed, load_storage).load()
+
+    _number, version, machine = (unpickled({}) for _ in range(3))
+    _require(version == 1001 and type(machine) is dict, "a format that PyTorch did not have")
+    _require(machine.get("little_endian") is True, "a byte order other than little-endian")
+    start, kinds = file.tell(), {}
+    unpickled(_TORCH_GLOBALS | {_TORCH_TENSOR: _unread_tensor}, lambda pid: _note_storage(pid, kinds))
+    keys = unpickled({})
+    _require(type(keys) is list and len(keys) == len(kinds) and set(keys) == set(kinds), "malformed keys of storages")
+    storages = {key: _Storage(_float32_of_bfloat16(_old_storage(file, path, *kinds[key]))) for key in keys}
+    file.seek(start)
+    return unpickled(_TORCH_GLOBALS, lambda pid: storages[pid[2]])
+
+
+def _note_storage(pid: Any, kinds: dict[str, tuple[np.dtype, int]]) -> None:
+    _require(type(pid) is tuple and len(pid) == 6 and pid[0] == "storage", "a malformed storage")
+    _, kind, key, _, count, view = pid
+    _require(type(kind) is _StorageType and type(key) is str and type(count) is int, "a malformed storage")
+    _require(view is None, "a view of a storage, as PyTorch wrote it before version 0.4")
+    _require(kinds.setdefault(key, (kind.dtype, count)) == (kind.dtype, count), "two storages of one key")
+
+
+def _unread_tensor(*_details: Any) -> _Array:
+    return _Array(np.empty(0))
+
+
+def _old_storage(file: BinaryIO, path: Path, dtype: np.dtype, count: int) -> np.ndarray:
+    claimed = int.from_bytes(file.read(8), "little")
+    left = path.stat().st_size - file.tell()
+    _require(claimed == count and count * dtype.itemsize <= left, "a storage whose data does not have the claimed size")
+    return np.ndarray((count,), dtype, file.read(count * dtype.itemsize))
+
+
 def _rebuilt_tensor(storage: Any, offset: Any, size: Any, stride: Any, *_training_details: Any) -> _Array:
     _require(type(storage) is _Storage and type(offset) is int and offset >= 0, "a malformed tensor")
     _require(_is_sizes(size) and _is_sizes(stride) and len(size) == len(stride), "a malformed tensor")
@@ -654,8 +695,10 @@ _TORCH_STORAGES = {
     "UntypedStorage": "<u1",
 }
 
+_TORCH_TENSOR = "torch._utils._rebuild_tensor_v2"
+
 _TORCH_GLOBALS = {
-    "torch._utils._rebuild_tensor_v2": _rebuilt_tensor,
+    _TORCH_TENSOR: _rebuilt_tensor,
     "torch._utils._rebuild_parameter": _rebuilt_parameter,
     "collections.OrderedDict": _ordered_dict,
     "argparse.Namespace": _NAMESPACE,

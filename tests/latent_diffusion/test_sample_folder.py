@@ -73,9 +73,9 @@ def test_a_later_run_continues_and_removes_what_was_being_written(folder):
 
 
 def test_other_settings_are_refused(folder):
-    with pytest.raises(InputError, match="was sampled with sampler 'ddpm', not 'ddim'; take another --sample-dir"):
+    with pytest.raises(InputError, match="was made with sampler 'ddpm', not 'ddim'; take another --sample-dir"):
         folder.prepare(SETTINGS | {"sampler": "ddim"})
-    with pytest.raises(InputError, match="was sampled with dtype None, not 'fp16'"):
+    with pytest.raises(InputError, match="was made with dtype None, not 'fp16'"):
         folder.prepare(SETTINGS | {"dtype": "fp16"})
 
 

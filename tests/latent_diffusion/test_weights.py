@@ -102,6 +102,18 @@ def torch_file(value, storages=None, byteorder=b"little", compression=zipfile.ZI
     return file.getvalue()
 
 
+def old_tensor(view=None, **changes):
+    """As PyTorch wrote it before version 1.6: the storage has a sixth entry."""
+    pid = {"name": "storage", "kind": Global("torch", "FloatStorage"), "key": "0", "device": "cpu", "count": 6}
+    return torch_tensor(storage=Operation(b"Q", (*(pid | changes).values(), view)))
+
+
+def old_torch_file(value, keys=("0",), counted=6, data=SIX, version=1001, little_endian=True):
+    machine = {"protocol_version": version, "little_endian": little_endian, "type_sizes": {"int": 4}}
+    start = [pickle.dumps(part, 2) for part in (0x1950A86A20F9469CFC6C, version, machine)]
+    return b"".join([*start, pickled(value), pickle.dumps(list(keys), 2), struct.pack("<q", counted), data])
+
+
 def safetensors_file(header, data):
     encoded = json.dumps(header).encode()
     return struct.pack("<Q", len(encoded)) + encoded + data
@@ -183,6 +195,34 @@ def test_tensor_views(tmp_path):
     plain = np.arange(6, dtype="float32").reshape(2, 3)
     expected = {"plain": plain, "transposed": plain.T, "part": plain[1, 1:], "scalar": plain[1, 2:].reshape(())}
     assert same(read_weights(path), expected | {"empty": plain[:0], "parameter": plain})
+
+
+@pytest.mark.parametrize("name", ["old.pth", "old.pdparams"])
+def test_a_file_of_pytorch_before_1_6(tmp_path, name):
+    tensors = {"a": old_tensor(), "again": old_tensor()}
+    (tmp_path / name).write_bytes(old_torch_file(tensors))
+    six = np.arange(6, dtype="float32").reshape(2, 3)
+    assert same(read_weights(tmp_path / name), {"a": six, "again": six})
+    assert read_config(tmp_path / name) is None
+
+
+# What PyTorch itself writes in the format from before 1.6: views, shared storages, several dtypes, a whole module's.
+SAVE_OLD = """
+import torch
+torch.manual_seed(0)
+state = torch.nn.BatchNorm1d(3).state_dict()
+wide = torch.randn(4, 6)
+state.update(w=wide.t(), part=wide[1:3, ::2], half=torch.randn(3).half(), bf=torch.randn(3).bfloat16())
+state.update(none=torch.zeros(0), integers=torch.arange(3))
+for name, new in (("new.pth", True), ("old.pth", False)):
+    torch.save(state, name, _use_new_zipfile_serialization=new)
+"""
+
+
+@pytest.mark.skipif("PEER_PYTHON" not in os.environ, reason="PEER_PYTHON names no interpreter with torch")
+def test_pytorch_before_1_6_and_after_give_the_same(tmp_path):
+    subprocess.run([os.environ["PEER_PYTHON"], "-c", SAVE_OLD], cwd=tmp_path, check=True)
+    assert same(read_weights(tmp_path / "old.pth"), read_weights(tmp_path / "new.pth"))
 
 
 @pytest.mark.parametrize(
@@ -589,8 +629,22 @@ HOSTILE = {
     "optimizer.pdopt": (PADDLE, "ends in none of"),
     "really_paddle.safetensors": (PADDLE, "damaged"),
     "really_torch.safetensors": (torch_file({"a": torch_tensor()}), "damaged"),
-    "old.pt": (pickle.dumps(0x1950A86A20F9469CFC6C, 2) + pickle.dumps(1001, 2), "before version 1.6; re-save"),
-    "old.pdparams": (pickle.dumps(0x1950A86A20F9469CFC6C, 2) + pickle.dumps(1001, 2), "before version 1.6; re-save"),
+    "old_start.pt": (pickle.dumps(0x1950A86A20F9469CFC6C, 2) + pickle.dumps(1001, 2), "damaged"),
+    "old_system.pt": (old_torch_file(call("os", "system", f"touch {MARKER}")), "os.system"),
+    "old_version.pt": (old_torch_file({"a": old_tensor()}, version=1000), "format that PyTorch did not have"),
+    "old_big_endian.pt": (old_torch_file({"a": old_tensor()}, little_endian=False), "byte order"),
+    "old_view.pt": (old_torch_file({"a": old_tensor(view=("1", 0, 2))}), "view of a storage"),
+    "old_storage.pt": (old_torch_file({"a": torch_tensor()}), "malformed storage"),
+    "old_kinds.pt": (
+        old_torch_file({"a": old_tensor(), "b": old_tensor(kind=Global("torch", "IntStorage"))}),
+        "two storages of one key",
+    ),
+    "old_keys.pt": (old_torch_file({"a": old_tensor()}, keys=("0", "0")), "malformed keys"),
+    "old_other_keys.pt": (old_torch_file({"a": old_tensor()}, keys=("1",)), "malformed keys"),
+    "old_count.pt": (old_torch_file({"a": old_tensor(count=10**9)}, counted=10**9), "claimed size"),
+    "old_negative.pt": (old_torch_file({"a": old_tensor(count=-6)}, counted=-6), "claimed size"),
+    "old_counts.pt": (old_torch_file({"a": old_tensor()}, counted=5), "claimed size"),
+    "old_half.pt": (old_torch_file({"a": old_tensor()}, data=SIX[:-1]), "claimed size"),
     # PyTorch
     "system.pt": (torch_file(call("os", "system", f"touch {MARKER}")), "os.system"),
     "eval.pth": (torch_file(call("builtins", "eval", TOUCH)), "builtins.eval"),
