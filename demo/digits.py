@@ -5,14 +5,12 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 from sklearn.datasets import load_digits
-from sklearn.model_selection import train_test_split
 
 from latent_diffusion.errors import InputError
+from latent_diffusion.evaluation.digits_classifier import split_digits
 from latent_diffusion.files import replace_file
 
 IMAGE_SIZE = 64
-HELD_OUT = 0.2
-SPLIT_SEED = 0
 
 
 def write_digit_folders(root: Path) -> None:
@@ -23,10 +21,7 @@ def write_digit_folders(root: Path) -> None:
     continues.
     """
     digits = load_digits()
-    train, val = train_test_split(
-        np.arange(len(digits.target)), test_size=HELD_OUT, stratify=digits.target, random_state=SPLIT_SEED
-    )
-    for split, rows in (("train", train), ("val", val)):
+    for split, rows in zip(("train", "val"), split_digits(), strict=True):
         for row in rows:
             path = Path(root) / split / str(digits.target[row]) / f"{row:04d}.png"
             if not path.exists():

@@ -4,8 +4,9 @@ import numpy as np
 from sklearn.neighbors import NearestNeighbors
 from sklearn.svm import SVC
 
+from latent_diffusion.evaluation.extractors import grid_average
+
 # The original digits have 8x8 pixels: averages over as many boxes keep what they show and forgive upscaling blur.
-GRID = 8
 
 
 class Judge:
@@ -41,7 +42,5 @@ def nearest_train_distance(images: np.ndarray, train_images: np.ndarray) -> floa
 
 
 def box_average(images: np.ndarray) -> np.ndarray:
-    """Averages uint8 `[N, H, W, 3]`, H and W multiples of 8, to float64 `[N, 64]` with values in [0, 1]."""
-    count, height, width, channels = images.shape
-    boxes = images.reshape(count, GRID, height // GRID, GRID, width // GRID, channels)
-    return boxes.mean(axis=(2, 4, 5)).reshape(count, GRID * GRID) / 255
+    """Averages uint8 `[N, H, W, 3]`, H and W at least 8, to float64 `[N, 64]` with values in [0, 1]."""
+    return grid_average(images).mean(axis=-1).reshape(len(images), -1) / 255

@@ -1,0 +1,136 @@
+"""Features of a set of images on disk: made once, by one process or several, and continued after an interruption.
+
+<cache>/<name of the images>-<key>/
+    manifest.json    whose features they are and which extractor made them; the key is a checksum of it
+    features.npy     [N, D] float32; spatial.npy and logits.npy where the extractor has them
+    done.npy         [N] uint8: 1 where all outputs of an image are written
+"""
+
+import hashlib
+import json
+import math
+from pathlib import Path
+
+import numpy as np
+
+from .. import distributed
+from ..errors import InputError
+from ..extraction import batches
+from ..files import preparing_folder, replace_file, write_json
+from ..progress import progress
+from ..row_files import allocate, write_rows
+from .extractor import Extractor
+from .image_set import ImageSet
+
+MANIFEST, DONE = "manifest.json", "done.npy"
+
+
+def extract(images: ImageSet, extractor: Extractor, cache: Path, batch_size: int) -> dict[str, np.ndarray]:
+    """The features of all images, from the cache as far as they are there; all processes of a run call it.
+
+    Args:
+        images: of which to make features.
+        extractor: makes them.
+        cache: folder of all caches.
+        batch_size: images at a time. Batches have the same members whatever the number of processes.
+
+    Returns:
+        Memory-mapped float32 [N, width], by the extractor's names.
+
+    Raises:
+        InputError: an image cannot be read, features are not finite, or the cache cannot be written.
+    """
+    rank, world_size = distributed.start()
+    folder = FeatureCache(cache, images, extractor)
+    if rank == 0:
+        with preparing_folder(folder.path):
+            folder.prepare()
+    distributed.barrier()
+    missing = set(folder.missing())
+    distributed.barrier()  # nobody writes before everybody has looked
+
+    own = batches(images.count, batch_size)[rank::world_size]
+    pending = [batch for batch in own if not missing.isdisjoint(batch)]
+    share = "" if world_size == 1 else f" (share of one process of {world_size})"
+    if missing:
+        with progress(sum(map(len, pending)), f"{extractor.name} features of {images.path}{share}", "image") as bar:
+            for batch, pixels in images.read_ahead(pending):
+                folder.write(batch, _finite(extractor(pixels), batch, images))
+                bar.update(len(batch))
+        # After a restart one process may have much work left and another none.
+        distributed.barrier(patience=math.inf)
+    return folder.read()
+
+
+def _finite(outputs: dict[str, np.ndarray], batch: range, images: ImageSet) -> dict[str, np.ndarray]:
+    for name, values in outputs.items():
+        if not np.isfinite(values).all():
+            raise InputError(
+                f"the {name} of images {batch.start} to {batch.stop - 1} of {images.path} are not finite: the "
+                "extractor's weights are damaged"
+            )
+    return outputs
+
+
+class FeatureCache:
+    """The folder of the features of one set of images.
+
+    Args:
+        cache: folder of all caches.
+        images: of which the features are.
+        extractor: that makes them.
+    """
+
+    def __init__(self, cache: Path, images: ImageSet, extractor: Extractor):
+        self._count, self._widths = images.count, extractor.widths
+        self._manifest = {
+            "images": str(images.path.absolute()),
+            "fingerprint": images.fingerprint,
+            "count": images.count,
+            "extractor": extractor.identity,
+            "widths": extractor.widths,
+        }
+        key = hashlib.sha256(json.dumps(self._manifest, sort_keys=True).encode()).hexdigest()
+        self.path = cache / f"{images.path.absolute().stem}-{key[:16]}"
+
+    def prepare(self) -> None:
+        """Makes the folder with files of zeros, unless it is there; for one process of a run."""
+        if self._file(DONE).is_file():
+            return
+        self.path.mkdir(parents=True, exist_ok=True)
+        replace_file(self._file(MANIFEST), lambda path: write_json(path, self._manifest))
+        for name, width in self._widths.items():
+            allocate(self._output(name), (self._count, width), "float32")
+        # Under its name this file says that the others were allocated.
+        replace_file(self._file(DONE), lambda path: allocate(path, (self._count,), "uint8"))
+
+    def missing(self) -> list[int]:
+        """Numbers of the images whose features are not there."""
+        return np.flatnonzero(self._open(DONE, (self._count,)) == 0).tolist()
+
+    def write(self, batch: range, outputs: dict[str, np.ndarray]) -> None:
+        """Stores what the extractor made of a batch."""
+        for name, values in outputs.items():
+            write_rows(self._output(name), zip(batch, values, strict=True), durable=True)
+        write_rows(self._file(DONE), ((number, 1) for number in batch), durable=False)
+
+    def read(self) -> dict[str, np.ndarray]:
+        """All outputs, memory-mapped."""
+        return {name: self._open(f"{name}.npy", (self._count, width)) for name, width in self._widths.items()}
+
+    def _open(self, name: str, shape: tuple[int, ...]) -> np.ndarray:
+        path = self._file(name)
+        try:
+            array = np.load(path, mmap_mode="r", allow_pickle=False)
+            complete = array.shape == shape and path.stat().st_size == array.offset + array.nbytes
+        except (OSError, ValueError, EOFError):
+            complete = False
+        if not complete:
+            raise InputError(f"{path} is damaged; remove the folder {self.path} and run again")
+        return array
+
+    def _output(self, name: str) -> Path:
+        return self._file(f"{name}.npy")
+
+    def _file(self, name: str) -> Path:
+        return self.path / name
