@@ -1,7 +1,6 @@
 """From class labels to images: the network, the sampler and the VAE that the flags of a command name."""
 
 import argparse
-import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -9,13 +8,16 @@ from typing import Any
 import numpy as np
 import paddle
 
+from latent_diffusion.guidance import ALL_STEPS
+from latent_diffusion.sampling import sample_generators
+from latent_diffusion.sampling_arguments import amp_dtype
 from latent_diffusion.vae import check_channels, check_downsampling, decode_latents, load_vae
 
 from .configuration import VAE_DOWNSAMPLING
 from .modeling import DiT
 from .pretrained import load_dit
 from .sampling import Sampler, make_sampler, sample_latents
-from .sampling_arguments import AMP_DTYPES, check_config, config_file, find_checkpoint
+from .sampling_arguments import check_config, config_file, find_checkpoint
 
 
 @dataclass(frozen=True, eq=False)
@@ -27,6 +29,7 @@ class ImageSampler:
         vae: the `AutoencoderKL` of its latents.
         sampler: from `make_sampler`.
         guidance_scale: 1 for none.
+        guidance_interval: where guidance acts, see `sample_latents`.
         amp_dtype: "float16" or "bfloat16" for the network's matrix products, None for float32.
     """
 
@@ -34,6 +37,7 @@ class ImageSampler:
     vae: Any
     sampler: Sampler
     guidance_scale: float
+    guidance_interval: tuple[float, float] = ALL_STEPS
     amp_dtype: str | None = None
 
     def draw(
@@ -53,8 +57,22 @@ class ImageSampler:
             InputError: a label is out of range, or the images are not finite.
         """
         with paddle.amp.auto_cast(enable=self.amp_dtype is not None, dtype=self.amp_dtype or "float16"):
-            latents = sample_latents(self.model, labels, self.sampler, self.guidance_scale, generators, on_step)
+            latents = sample_latents(
+                self.model, labels, self.sampler, self.guidance_scale, generators, on_step, self.guidance_interval
+            )
         return decode_latents(self.vae, latents)
+
+    def draw_samples(self, seed: int, indices: Sequence[int]) -> np.ndarray:
+        """The samples of these numbers: uint8 [B, H, W, 3]; each is a function of (seed, index).
+
+        The label of sample i and then its noise come from one generator of (seed, i); labels are uniform.
+
+        Raises:
+            InputError: the seed is negative, or the images are not finite.
+        """
+        generators = sample_generators(seed, indices)
+        labels = [int(rng.integers(self.model.config.num_classes)) for rng in generators]
+        return self.draw(labels, generators)
 
 
 def load_image_sampler(arguments: argparse.Namespace, device: str) -> ImageSampler:
@@ -67,8 +85,25 @@ def load_image_sampler(arguments: argparse.Namespace, device: str) -> ImageSampl
     Raises:
         InputError: something is not there, cannot be read, or contradicts another flag.
     """
-    source = find_checkpoint(arguments)
     sampler = make_sampler(arguments.sampler, arguments.num_sampling_steps)
+    model, vae = load_networks(arguments)
+    return ImageSampler(
+        model,
+        vae,
+        sampler,
+        arguments.cfg_scale,
+        tuple(arguments.guidance_interval),
+        amp_dtype(device, arguments.dtype),
+    )
+
+
+def load_networks(arguments: argparse.Namespace) -> tuple[DiT, Any]:
+    """The network and the VAE that the flags of `add_network_arguments` name.
+
+    Raises:
+        InputError: something is not there, cannot be read, or contradicts another flag.
+    """
+    source = find_checkpoint(arguments)
     vae = load_vae(arguments.vae)
     if arguments.sd_scale_factor:
         vae.register_to_config(scaling_factor=arguments.sd_scale_factor)
@@ -78,11 +113,4 @@ def load_image_sampler(arguments: argparse.Namespace, device: str) -> ImageSampl
     check_downsampling(vae, arguments.vae, VAE_DOWNSAMPLING)
     if arguments.enable_flash_attention:
         model.enable_xformers_memory_efficient_attention()
-    return ImageSampler(model, vae, sampler, arguments.cfg_scale, _amp_dtype(device, arguments.dtype))
-
-
-def _amp_dtype(device: str, dtype: str) -> str | None:
-    if device == "cpu" and dtype != "fp32":
-        print(f"note: {dtype} has no effect on a CPU; sampling in float32", file=sys.stderr)
-        return None
-    return AMP_DTYPES[dtype]
+    return model, vae

@@ -19,6 +19,7 @@ import numpy as np
 import paddle
 
 from latent_diffusion.errors import InputError
+from latent_diffusion.guidance import ALL_STEPS, check_interval, scale_at
 from latent_diffusion.runtime import import_paddlenlp
 from latent_diffusion.sampling import draw_noise, evaluating, sample_generators
 from latent_diffusion.schedules import NoiseSchedule, spaced_timesteps, strided_timesteps
@@ -37,12 +38,14 @@ class Sampler:
         steps: how many times the model is called.
         scheduler: the ppdiffusers scheduler; it keeps state between steps, so one run at a time.
         timestep_map: int64 [n], the timestep that the model sees at each index of the scheduler.
+        train_steps: the length of the schedule that the model was trained on.
     """
 
     name: str
     steps: int
     scheduler: Any
     timestep_map: np.ndarray
+    train_steps: int
 
     def start(self) -> list[int]:
         """Resets the scheduler and returns the indices to step through, the noisiest first."""
@@ -108,7 +111,7 @@ def make_sampler(name: str, steps: int, schedule: NoiseSchedule | None = None) -
         scheduler = _on(DPMSolverMultistepScheduler, schedule, euler_at_final=True)
     else:
         raise InputError(f"unknown sampler {name!r}; known are {', '.join(SAMPLER_NAMES)}")
-    return Sampler(name, steps, scheduler, timesteps)
+    return Sampler(name, steps, scheduler, timesteps, total)
 
 
 def _on(scheduler: type, schedule: NoiseSchedule, **settings) -> Any:
@@ -123,6 +126,7 @@ def sample_latents(
     guidance_scale: float = 4.0,
     seed: int | Sequence[np.random.Generator] = 0,
     on_step: Callable[[], object] | None = None,
+    guidance_interval: tuple[float, float] = ALL_STEPS,
 ) -> paddle.Tensor:
     """Samples one latent for each label; divide by the VAE's scaling factor before decoding.
 
@@ -135,20 +139,25 @@ def sample_latents(
         seed: of all noise: sample i draws from generator i of `sample_generators(seed, range(B))`. Or one generator a
             label. The same seed and sampler give the same noise on any device and in any batch.
         on_step: called after each step.
+        guidance_interval: guide at the timesteps t with `t / train_steps` in [low, high] only. The others take half
+            the time.
 
     Returns:
         Scaled latents, float32 [B, C, H, W].
 
     Raises:
-        InputError: a label is out of range, or the seed is negative.
+        InputError: a label is out of range, the seed is negative, or there is no such interval.
     """
+    check_interval(guidance_interval)
     labels = _checked_labels(labels, model.config.num_classes)
     generators = sample_generators(seed, range(len(labels))) if isinstance(seed, int) else seed
     shape = model.config.latent_shape
     with evaluating(model):
         latents = draw_noise(generators, shape)
         for index in sampler.start():
-            output = _predict(model, latents, int(sampler.timestep_map[index]), labels, guidance_scale)
+            t = int(sampler.timestep_map[index])
+            scale = scale_at(t, sampler.train_steps, guidance_scale, guidance_interval)
+            output = _predict(model, latents, t, labels, scale)
             latents = sampler.step(output, index, latents, draw_noise(generators, shape))
             if on_step:
                 on_step()

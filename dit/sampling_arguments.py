@@ -1,4 +1,4 @@
-"""Flags that `sample.py` and `sample_ddp.py` share, in the spelling of facebookresearch/DiT and in MindONE's.
+"""Flags that the sampling commands share, in the spelling of facebookresearch/DiT and in MindONE's.
 
 Needs no Paddle, so that what is wrong with the flags is said before the frameworks are imported.
 """
@@ -9,20 +9,20 @@ from pathlib import Path
 
 from latent_diffusion.command_line import ArgumentParser, at_least, boolean
 from latent_diffusion.errors import InputError
+from latent_diffusion.guidance import check_interval
+from latent_diffusion.sampling_arguments import add_device_arguments, add_guidance_arguments
+from latent_diffusion.weights import WEIGHT_FOLDERS
 
 from .configuration import MODEL_NAMES, DiTConfig
 
-# The published weights, and where the scripts of facebookresearch/DiT and of MindONE keep them.
+# The published weights.
 PUBLISHED_MODEL, PUBLISHED_SIZES = "DiT-XL/2", (256, 512)
 PUBLISHED_FILE = "DiT-XL-2-{size}x{size}.pt"
 PUBLISHED_ADDRESS = "https://dl.fbaipublicfiles.com/DiT/models"
-WEIGHT_FOLDERS = (Path("pretrained_models"), Path("models"))
-
-AMP_DTYPES = {"fp32": None, "fp16": "float16", "bf16": "bfloat16"}
 
 
-def add_sampling_arguments(parser: ArgumentParser, vae: str, cfg_scale: float) -> None:
-    """Adds the flags; `vae` and `cfg_scale` are the command's defaults."""
+def add_network_arguments(parser: ArgumentParser, vae: str | None) -> None:
+    """Adds the flags of network, VAE and device; `vae` is the command's default."""
     add = parser.add_argument
     parser.add_config()
     add(
@@ -43,9 +43,18 @@ def add_sampling_arguments(parser: ArgumentParser, vae: str, cfg_scale: float) -
     parser.add_switch("--use-ema", default=True, help="take the averaged weights of a checkpoint that has both")
     add("--vae", "--vae-checkpoint", default=vae, help="mse, ema, a VAE folder or a name on the hub")
     add("--sd-scale-factor", type=float, help="scale of the latents; without it the VAE's own")
-    add(
-        "--cfg-scale", "--guidance-scale", type=at_least(1, float), default=cfg_scale, help="guidance scale, 1 for none"
-    )
+    add_device_arguments(parser)
+    _add_choice(parser, "--use-fp16", "dtype", "fp16", "fp32")
+    # In MindONE's files; neither changes what is sampled.
+    parser.add_switch("--use-recompute", help="accepted for MindONE's files; sampling keeps no activations")
+    add("--patch-embedder", choices=["conv", "linear"], help="accepted for MindONE's files; both are one function")
+
+
+def add_sampling_arguments(parser: ArgumentParser, vae: str, cfg_scale: float) -> None:
+    """Adds the flags of one way to sample, too; `vae` and `cfg_scale` are the command's defaults."""
+    add_network_arguments(parser, vae)
+    add_guidance_arguments(parser, cfg_scale)
+    add = parser.add_argument
     add("--sampler", default="ddpm", help="ddpm, ddim or dpm-solver++")
     _add_choice(parser, "--ddim-sampling", "sampler", "ddim", "ddpm")
     add(
@@ -55,15 +64,6 @@ def add_sampling_arguments(parser: ArgumentParser, vae: str, cfg_scale: float) -
         default=250,
         help="how often the network is called",
     )
-    add(
-        "--device", "--device-target", type=str.lower, choices=["cpu", "gpu"], help="without it the GPU if there is one"
-    )
-    add("--dtype", choices=list(AMP_DTYPES), default="fp32", help="precision of the network on a GPU")
-    _add_choice(parser, "--use-fp16", "dtype", "fp16", "fp32")
-    parser.add_switch("--enable-flash-attention", help="use Paddle's flash / memory-efficient attention on a GPU")
-    # In MindONE's files; neither changes what is sampled.
-    parser.add_switch("--use-recompute", help="accepted for MindONE's files; sampling keeps no activations")
-    add("--patch-embedder", choices=["conv", "linear"], help="accepted for MindONE's files; both are one function")
 
 
 def _add_choice(parser: ArgumentParser, flag: str, dest: str, true: str, false: str) -> None:
@@ -84,8 +84,15 @@ def check_sampling_arguments(arguments: argparse.Namespace) -> None:
     """Says before the frameworks are imported what can be known by then.
 
     Raises:
-        InputError: weights, configuration or VAE are not there or not what they should be.
+        InputError: weights, configuration or VAE are not there or not what they should be, or there is no such guidance
+            interval.
     """
+    check_interval(arguments.guidance_interval)
+    check_network_arguments(arguments)
+
+
+def check_network_arguments(arguments: argparse.Namespace) -> None:
+    """As `check_sampling_arguments`, of the flags of `add_network_arguments`."""
     if arguments.sd_scale_factor is not None and not 0 < arguments.sd_scale_factor < math.inf:
         raise InputError(f"--sd-scale-factor must be positive and finite, not {arguments.sd_scale_factor}")
     config_file(arguments)
@@ -111,7 +118,7 @@ def find_checkpoint(arguments: argparse.Namespace) -> Path:
         candidates = [folder / PUBLISHED_FILE.format(size=size) for folder in WEIGHT_FOLDERS]
     else:
         candidates = [arguments.ckpt]
-    if candidates[0].suffix == ".ckpt":
+    if candidates[0].suffix == ".ckpt" and not candidates[0].is_dir():
         raise InputError(
             f"{candidates[0]} is a MindSpore file, which this suite does not read; give the PyTorch file it was made "
             f"from with --ckpt (--dit_checkpoint){_how_to_get(candidates[0].with_suffix('.pt'))}"

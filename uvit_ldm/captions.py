@@ -1,12 +1,15 @@
 """Captioned images, from a folder of images and the captions file of COCO."""
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from latent_diffusion.errors import InputError
+from latent_diffusion.files import read_lines
 
 
 @dataclass
@@ -45,7 +48,7 @@ def read_captions(path: Path) -> list[CaptionedImage]:
         if entry["id"] in images:
             raise InputError(f"{path} has two images of the id {entry['id']}")
         images[entry["id"]] = CaptionedImage(entry["id"], _below(entry["file_name"], path))
-    for entry in _entries(content, "annotations", {"image_id": _is_number, "caption": _is_text}, path):
+    for entry in _entries(content, "annotations", {"image_id": _is_number, "caption": _is_unicode}, path):
         if entry["image_id"] not in images:
             raise InputError(f"{path} has a caption of the image {entry['image_id']}, but no such image")
         images[entry["image_id"]].captions.append(entry["caption"])
@@ -74,6 +77,11 @@ def _is_text(value: object) -> bool:
     return isinstance(value, str)
 
 
+def _is_unicode(value: object) -> bool:
+    # JSON can hold halves of a character, which nothing can be written of.
+    return _is_text(value) and not any("\ud800" <= letter <= "\udfff" for letter in value)
+
+
 def _below(name: str, path: Path) -> Path:
     # The file could lead anywhere on the disk.
     relative = Path(name)
@@ -83,19 +91,32 @@ def _below(name: str, path: Path) -> Path:
     return relative
 
 
+def choose_captions(images: Sequence[CaptionedImage], seed: int) -> list[str]:
+    """One caption of each image, both in random order: the first 30,000 of COCO's val are what papers evaluate on.
+
+    Args:
+        images: from `read_captions`.
+        seed: what is chosen is a function of it and of the images.
+
+    Returns:
+        The captions, each in one line.
+    """
+    rng = np.random.default_rng(seed)
+    chosen = [images[number] for number in rng.permutation(len(images))]
+    return [_one_line(image.captions[rng.integers(len(image.captions))]) for image in chosen]
+
+
+def _one_line(text: str) -> str:
+    return " ".join(text.split())
+
+
 def read_prompts_file(path: Path) -> list[str]:
     """The lines of a text file that are not blank.
 
     Raises:
         InputError: it cannot be read, is not UTF-8, or has none.
     """
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except OSError as error:
-        raise InputError(f"cannot read the file of prompts {path}: {error.strerror}") from None
-    except UnicodeDecodeError:
-        raise InputError(f"the file of prompts {path} is not UTF-8 text") from None
-    prompts = [line.strip() for line in lines if line.strip()]
+    prompts = [line for line in read_lines(path) if line]
     if not prompts:
         raise InputError(f"the file of prompts {path} holds no prompt; write one a line")
     return prompts

@@ -73,6 +73,8 @@ class DPMSolver:
         steps: at least 1.
     """
 
+    name = "dpm-solver++"
+
     def __init__(self, schedule: NoiseSchedule, steps: int):
         self.schedule, self.steps, self.train_steps = ContinuousSchedule(schedule), steps, len(schedule)
 

@@ -1,6 +1,7 @@
 """Features of COCO that U-ViT trains on, in either layout: files of images and captions (`feature_files`) or packed."""
 
 from abc import abstractmethod
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -78,6 +79,14 @@ class CocoFeatures(FeatureStore):
             "latents": sample_moments(self._moments(index), noise) * self.scaling_factor,
             "contexts": self.empty_context if dropped else self._context(index, caption).astype("float32"),
         }
+
+    def draw_contexts(self, indices: Sequence[int], generators: Sequence[np.random.Generator]) -> np.ndarray:
+        """One of the captions of each of these images, encoded: float32 [B, L, D]."""
+        drawn = (
+            self._context(index, int(rng.integers(self.captions[index])))
+            for index, rng in zip(indices, generators, strict=True)
+        )
+        return np.stack(list(drawn)).astype("float32")
 
     @abstractmethod
     def _moments(self, index: int) -> np.ndarray: ...

@@ -8,6 +8,7 @@ from latent_diffusion.errors import InputError
 from latent_diffusion.pretrained import (
     COMPONENT_CONFIG,
     COMPONENT_WEIGHTS,
+    PIPELINE_INDEX,
     Pretrained,
     agreed,
     described_config,
@@ -16,12 +17,15 @@ from latent_diffusion.pretrained import (
 )
 from latent_diffusion.weights import choose_weights, is_torch_layout, read_content, transpose_linear
 
-from .configuration import UViTConfig
+from .configuration import PIPELINES, STABLE_DIFFUSION, UViTConfig
 from .modeling import UViT
 
 # The network in a pipeline folder, and the prefix of its weights in a checkpoint of PaddleMIX, which also holds the VAE
 # and the text encoder.
 COMPONENT = "unet"
+
+# The other parts of a pipeline folder; the name of the text encoder depends on the pipeline.
+VAE_COMPONENT, TOKENIZER_COMPONENT = "vqvae", "tokenizer"
 
 # What the reference calls raw and averaged weights in the folder of a checkpoint (`TrainState.save` of `utils.py`).
 _OFFICIAL_FILES = {False: "nnet.pth", True: "nnet_ema.pth"}
@@ -49,13 +53,34 @@ def read_pretrained(
         InputError: there are no weights, they cannot be read, are refused or belong to something else, or their
             configuration is unknown or contradicts `config_file`.
     """
-    file = _find_official(Path(source), use_ema) or find_weights(Path(source), use_ema, COMPONENT)
-    weights = plain_weights(_network_weights(choose_weights(read_content(file), file, use_ema)))
+    file, weights = _read(Path(source), use_ema)
     if _WIDENING_WEIGHT not in weights:
         raise InputError(f"{file} lacks the weight {_WIDENING_WEIGHT}: it holds no U-ViT")
     torch_layout = is_torch_layout(weights[_WIDENING_WEIGHT])
     config = _find_config(file, torch_layout, config_file, like)
     return Pretrained(UViT, config, transpose_linear(weights) if torch_layout else weights, file)
+
+
+def holds_uvit(source: Path, use_ema: bool = True) -> bool:
+    """Whether `source`, as `read_pretrained` takes it, holds a U-ViT and not another network.
+
+    Raises:
+        InputError: there are no weights, or they cannot be read.
+    """
+    if (source / PIPELINE_INDEX).is_file():
+        return (source / COMPONENT).is_dir()
+    return _WIDENING_WEIGHT in _read(source, use_ema)[1]
+
+
+def other_parts(source: Path) -> tuple[str, str, str]:
+    """Names or paths of VAE, text encoder and tokenizer that go with the weights in `source`.
+
+    Those of a pipeline folder are its own, those of other weights Stable Diffusion's.
+    """
+    if not (source / PIPELINE_INDEX).is_file():
+        return f"{STABLE_DIFFUSION}/vae", f"{STABLE_DIFFUSION}/text_encoder", f"{STABLE_DIFFUSION}/tokenizer"
+    first, second = (source / name for name in PIPELINES.values())
+    return str(source / VAE_COMPONENT), str(first if first.is_dir() else second), str(source / TOKENIZER_COMPONENT)
 
 
 def build_model(config: UViTConfig, pretrained: Path | None, resumed: Path | None) -> tuple[UViT, list[str]]:
@@ -82,6 +107,12 @@ def build_model(config: UViTConfig, pretrained: Path | None, resumed: Path | Non
     model = found.network()
     model.train()
     return model, [f"starting from {found.source}"]
+
+
+def _read(source: Path, use_ema: bool) -> tuple[Path, dict[str, np.ndarray]]:
+    """The file that `source` means, and the weights of the network in it."""
+    file = _find_official(source, use_ema) or find_weights(source, use_ema, COMPONENT)
+    return file, plain_weights(_network_weights(choose_weights(read_content(file), file, use_ema)))
 
 
 def _find_official(folder: Path, use_ema: bool) -> Path | None:

@@ -7,6 +7,7 @@ import numpy as np
 import paddle
 
 from latent_diffusion.errors import InputError
+from latent_diffusion.guidance import ALL_STEPS, check_interval, scale_at
 from latent_diffusion.runtime import import_paddlenlp
 from latent_diffusion.sampling import draw_noise, evaluating, sample_generators
 from latent_diffusion.schedules import NoiseSchedule
@@ -14,15 +15,17 @@ from latent_diffusion.schedules import NoiseSchedule
 from .dpm_solver import DPMSolver
 from .modeling import UViT
 
-SAMPLER_NAMES = ("ddim", "dpm-solver++")
+# The last of the timesteps that the network was trained on, from 1.
+TRAIN_STEPS = 1000
 
 # Guided predictions of the noise in x [B, C, H, W] at a timestep in [1, 1000].
 Denoise = Callable[[paddle.Tensor, float], paddle.Tensor]
 
 
 class Sampler(Protocol):
-    """One way to walk from noise to a latent, in `steps` calls of the network."""
+    """One way to walk from noise to a latent, in `steps` calls of the network; `name` is what `make_sampler` takes."""
 
+    name: str
     steps: int
 
     def sample(self, denoise: Denoise, latents: paddle.Tensor, on_step: Callable[[], object] | None = None):
@@ -31,6 +34,8 @@ class Sampler(Protocol):
 
 class DDIM:
     """DDIM (eta 0) as the exported pipeline runs it."""
+
+    name = "ddim"
 
     def __init__(self, schedule: NoiseSchedule, steps: int):
         self.scheduler, self.steps = ddim_scheduler(schedule), steps
@@ -72,9 +77,9 @@ def make_sampler(name: str, steps: int) -> Sampler:
     Raises:
         InputError: no such sampler, or a number of steps that cannot be.
     """
-    samplers = {"ddim": DDIM, "dpm-solver++": DPMSolver}
+    samplers = {sampler.name: sampler for sampler in (DDIM, DPMSolver)}
     if name not in samplers:
-        raise InputError(f"unknown sampler {name!r}; known are {', '.join(SAMPLER_NAMES)}")
+        raise InputError(f"unknown sampler {name!r}; known are {', '.join(samplers)}")
     schedule = NoiseSchedule.scaled_linear()
     if not 1 <= steps <= len(schedule):
         raise InputError(f"the number of sampling steps must be between 1 and {len(schedule)}, not {steps}")
@@ -90,6 +95,7 @@ def sample_latents(
     guidance_scale: float = 7.5,
     seed: int | Sequence[np.random.Generator] = 0,
     on_step: Callable[[], object] | None = None,
+    guidance_interval: tuple[float, float] = ALL_STEPS,
 ) -> paddle.Tensor:
     """Samples one latent for each encoded prompt; divide by the scaling factor before decoding.
 
@@ -103,13 +109,15 @@ def sample_latents(
         seed: of the noise: sample i draws from generator i of `sample_generators(seed, range(B))`. Or one generator a
             prompt.
         on_step: called after each step.
+        guidance_interval: guide at the timesteps n with `n / 1000` in [low, high] only. The others take half the time.
 
     Returns:
         Scaled latents, float32 [B, C, H, W].
 
     Raises:
-        InputError: the contexts are not of the network's shape, or the seed is negative.
+        InputError: the contexts are not of the network's shape, the seed is negative, or there is no such interval.
     """
+    check_interval(guidance_interval)
     shape = model.config.context_shape
     if contexts.shape[1:] != shape or empty_context.shape != shape or not len(contexts):
         raise InputError(
@@ -122,12 +130,13 @@ def sample_latents(
     both = paddle.concat([empty, prompts])
 
     def denoise(x: paddle.Tensor, t: float) -> paddle.Tensor:
-        if guidance_scale == 1:
+        scale = scale_at(t, TRAIN_STEPS, guidance_scale, guidance_interval)
+        if scale == 1:
             return model(x, paddle.full([x.shape[0]], t, "float32"), prompts).astype("float32")
         # One pass over both halves, in the order of the pipeline.
         out = model(paddle.concat([x, x]), paddle.full([2 * x.shape[0]], t, "float32"), both).astype("float32")
         without, with_prompt = out.chunk(2)
-        return without + guidance_scale * (with_prompt - without)
+        return without + scale * (with_prompt - without)
 
     with evaluating(model):
         return sampler.sample(denoise, draw_noise(generators, model.config.latent_shape), on_step)

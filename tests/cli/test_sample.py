@@ -2,10 +2,14 @@
 
 import json
 import shutil
+import sys
 
 import numpy as np
 import pytest
 from PIL import Image
+
+import sample_ddp
+from dit.configuration import DiTConfig
 
 from .commands import LAUNCH, REPOSITORY, TINY, Command, Result, run, run_all
 
@@ -53,6 +57,10 @@ BAD = {
     "samples in a file": (
         (SAMPLE_MANY, *OWN, "--num-sampling-steps", 3, "--sample-dir", "model.json"),
         "cannot make or write into the folder model.json/",
+    ),
+    "bad interval": (
+        (SAMPLE, *OWN, "--guidance-interval", 0.8, 0.1),
+        "the guidance interval 0.8 to 0.1 must have 0 <=",
     ),
     "unknown sampler": ((SAMPLE, *OWN, "--sampler", "euler"), "unknown sampler 'euler'; known are ddpm, ddim"),
 }
@@ -187,9 +195,23 @@ def test_other_settings_or_fewer_images_are_refused(archives, folder):
             "fewer": command(folder, SAMPLE_MANY, *MANY, "--sample-dir", "one", "--num-fid-samples", 4),
         }
     )
-    assert "was sampled with sampler 'ddpm', not 'ddim'" in results["sampler"].err
+    assert "was made with sampler 'ddpm', not 'ddim'" in results["sampler"].err
     assert "holds 000004.png (1 such), which is not among the 4 images" in results["fewer"].err
     assert all(result.code == 1 and len(result.err.splitlines()) == 1 for result in results.values())
+
+
+@pytest.mark.parametrize(
+    ("flags", "name"),
+    [
+        ((), MANY_NAME),
+        (("--guidance-interval", "0", "1"), MANY_NAME),
+        (("--guidance_interval", "0.1", "0.85"), MANY_NAME.replace("-seed", "-interval-0.1-0.85-seed")),
+    ],
+)
+def test_the_folder_is_named_by_a_guidance_interval_only_where_there_is_one(monkeypatch, flags, name):
+    monkeypatch.setattr(sys, "argv", [SAMPLE_MANY, *map(str, MANY), *flags])
+    config = DiTConfig.from_dict(TINY | {"num_layers": 3, "num_attention_heads": 4})
+    assert sample_ddp._folder_name(sample_ddp.parse_arguments(), config) == name
 
 
 def test_the_benchmark_prints_a_row_for_each_sampler(folder):

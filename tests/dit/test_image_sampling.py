@@ -41,6 +41,23 @@ def test_images_are_the_decoded_latents(load):
     assert images.shape == (2, 64, 64, 3) and images.dtype == np.uint8 and len(steps) == 3
 
 
+def test_a_sample_is_a_function_of_seed_and_number(load):
+    sampler = load("--sampler", "ddim")
+    images = sampler.draw_samples(5, range(2, 6))
+    generators = sample_generators(5, range(2, 6))
+    labels = [int(rng.integers(sampler.model.config.num_classes)) for rng in generators]
+    np.testing.assert_array_equal(images, sampler.draw(labels, generators))
+    np.testing.assert_array_equal(sampler.draw_samples(5, [5, 4, 3, 2]), images[::-1])
+    assert np.any(sampler.draw_samples(6, range(2, 6)) != images)
+
+
+def test_the_guidance_interval_is_passed_on(load):
+    generators = sample_generators(5, range(2))
+    unguided = load("--cfg-scale", "1").draw([3, 4], generators)
+    generators = sample_generators(5, range(2))
+    np.testing.assert_array_equal(load("--guidance-interval", "0.0001", "0.0002").draw([3, 4], generators), unguided)
+
+
 def test_the_scale_of_the_latents_can_be_given(load):
     assert load().vae.config.scaling_factor == 0.5
     assert load("--sd-scale-factor", "0.25").vae.config.scaling_factor == 0.25

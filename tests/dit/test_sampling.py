@@ -193,6 +193,34 @@ def test_no_guidance_is_guidance_of_one(dit):
     assert_step_close(plain, guided, np.abs(guided).max())
 
 
+@pytest.mark.parametrize("name", sampling.SAMPLER_NAMES)
+def test_guidance_at_all_steps_is_the_default(dit, name):
+    default = sample_latents(dit, [3, 4], make_sampler(name, 4), SCALE).numpy()
+    given = sample_latents(dit, [3, 4], make_sampler(name, 4), SCALE, guidance_interval=(0.0, 1.0)).numpy()
+    np.testing.assert_array_equal(given, default)
+
+
+@pytest.mark.parametrize("name", sampling.SAMPLER_NAMES)
+def test_an_interval_between_two_timesteps_is_no_guidance(dit, name):
+    plain = sample_latents(dit, [3, 4], make_sampler(name, 4), 1.0).numpy()
+    found = sample_latents(dit, [3, 4], make_sampler(name, 4), SCALE, guidance_interval=(0.0001, 0.0002)).numpy()
+    np.testing.assert_array_equal(found, plain)
+
+
+@pytest.mark.parametrize("name", sampling.SAMPLER_NAMES)
+def test_only_steps_in_the_interval_are_guided(dit, trace, name):
+    sample_latents(dit, [3, 4], make_sampler(name, 10), SCALE, guidance_interval=(0.25, 0.6))
+    guided = [250 <= t[0] <= 600 for t in trace["t"]]
+    assert 2 <= sum(guided) <= 4 and len(guided) == 10
+    assert [len(y) for y in trace["y"]] == [4 if inside else 2 for inside in guided]
+    assert all(y.tolist()[:2] == [3, 4] for y in trace["y"])
+
+
+def test_an_interval_that_cannot_be_is_refused(dit):
+    with pytest.raises(InputError, match="guidance interval 0.6 to 0.2"):
+        sample_latents(dit, [1], make_sampler("ddim", 2), guidance_interval=(0.6, 0.2))
+
+
 def test_random_state_and_mode_are_left_alone(dit):
     sampler = make_sampler("ddpm", 3)
 

@@ -124,6 +124,11 @@ def test_only_published_weights_need_no_path(weights, flags):
         find_checkpoint(parse(*flags))
 
 
+def test_a_folder_may_be_named_as_a_file_of_mindspore(weights):
+    Path("1000.ckpt").mkdir()
+    assert find_checkpoint(parse("--ckpt", "1000.ckpt")) == Path("1000.ckpt")
+
+
 def test_files_of_mindspore_are_refused(weights):
     with pytest.raises(InputError, match=f"{weights.stem}.ckpt is a MindSpore file.*curl .* -o {weights} "):
         find_checkpoint(parse("--ckpt", str(weights.with_suffix(".ckpt"))))
@@ -135,6 +140,14 @@ def test_files_of_mindspore_are_refused(weights):
 def test_a_scale_that_is_not_positive_is_refused(scale):
     with pytest.raises(InputError, match=f"--sd-scale-factor must be positive and finite, not {float(scale)}"):
         check_sampling_arguments(parse("--sd-scale-factor", scale))
+
+
+def test_a_guidance_interval_is_two_numbers_in_order(tmp_path):
+    assert parse().guidance_interval == (0.0, 1.0)
+    (tmp_path / "flags.yaml").write_text("guidance_interval: [0.1, 0.8]\n")
+    assert parse("-c", str(tmp_path / "flags.yaml")).guidance_interval == [0.1, 0.8]
+    with pytest.raises(InputError, match="guidance interval 0.8 to 0.1 must have"):
+        check_sampling_arguments(parse("--guidance_interval", "0.8", "0.1"))
 
 
 def test_a_model_is_a_published_name_or_a_file(weights):

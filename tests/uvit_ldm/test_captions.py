@@ -4,7 +4,7 @@ from pathlib import Path
 import pytest
 
 from latent_diffusion.errors import InputError
-from uvit_ldm.captions import CaptionedImage, read_captions, read_prompts_file
+from uvit_ldm.captions import CaptionedImage, choose_captions, read_captions, read_prompts_file
 
 
 def write(folder: Path, images: object, annotations: object = ()) -> Path:
@@ -51,6 +51,7 @@ def test_an_image_elsewhere_is_refused(tmp_path, name):
         ([image(2**63)], [], "no valid 'id' in entry 0 of 'images'"),
         ([image(1), image(2, None)], [], "no valid 'file_name' in entry 1 of 'images'"),
         ([image(1)], [caption(1, 3)], "no valid 'caption' in entry 0 of 'annotations'"),
+        ([image(1)], [caption(1, "half \ud83d")], "no valid 'caption' in entry 0 of 'annotations'"),
         ([image(1)], [caption(2, "a cat")], "has a caption of the image 2, but no such image"),
         ([image(1), image(1)], [], "two images of the id 1"),
         ([image(1)], [], "has no image with a caption"),
@@ -84,5 +85,18 @@ def test_a_bad_file_of_prompts_is_named(tmp_path, content, message):
     (tmp_path / "prompts.txt").write_bytes(content)
     with pytest.raises(InputError, match=rf"prompts\.txt {message}"):
         read_prompts_file(tmp_path / "prompts.txt")
-    with pytest.raises(InputError, match=r"cannot read the file of prompts .*nowhere"):
+    with pytest.raises(InputError, match=r"cannot read .*nowhere"):
         read_prompts_file(tmp_path / "nowhere")
+
+
+def test_of_each_image_one_caption_is_chosen():
+    images = [CaptionedImage(i, Path("a.jpg"), [f"{i}-{k}" for k in range(5)]) for i in range(40)]
+    chosen = choose_captions(images, 3)
+    assert chosen == choose_captions(images, 3) != choose_captions(images, 4)
+    numbers, captions = zip(*(text.split("-") for text in chosen), strict=True)
+    assert sorted(map(int, numbers)) == list(range(40)) != list(map(int, numbers))
+    assert set(captions) == set("01234")
+
+
+def test_chosen_captions_are_in_one_line():
+    assert choose_captions([CaptionedImage(1, Path("a.jpg"), [" a cat\r\n on\u2028a mat\n"])], 0) == ["a cat on a mat"]

@@ -16,7 +16,7 @@ from latent_diffusion.weights import write_paddle
 from tests.conftest import DATA as DIT_DATA
 from uvit_ldm.export import PIPELINES, export_pipeline
 from uvit_ldm.modeling import UViT
-from uvit_ldm.pretrained import build_model, read_pretrained
+from uvit_ldm.pretrained import build_model, holds_uvit, read_pretrained
 
 # As in test_modeling.py.
 OUTPUT = 3e-5
@@ -256,3 +256,15 @@ def test_trained_weights_of_another_configuration_are_named(output_dir, tiny_con
         InputError, match=r"ema_state\.pdparams has mlp_ratio 4\.0, the model to be trained 2\.0; choose"
     ):
         build_model(wider, output_dir, None)
+
+
+def test_a_uvit_is_told_from_a_dit(official_files, uvit, tmp_path):
+    assert holds_uvit(official_files["uvit"])
+    assert not holds_uvit(DIT_DATA / "official.pt")
+    for component, expected in (("unet", True), ("transformer", False)):
+        folder = tmp_path / component
+        (folder / component).mkdir(parents=True)
+        (folder / "model_index.json").write_text("{}")
+        assert holds_uvit(folder) == expected
+    with pytest.raises(InputError, match="nowhere does not exist"):
+        holds_uvit(tmp_path / "nowhere")

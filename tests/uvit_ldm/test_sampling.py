@@ -153,6 +153,33 @@ def test_without_guidance_the_empty_prompt_is_not_computed(make_uvit, golden, mo
     assert batches == [2, 2]
 
 
+@pytest.mark.parametrize("name", ["ddim", "dpm-solver++"])
+def test_only_steps_in_the_guidance_interval_are_guided(make_uvit, golden, monkeypatch, name):
+    arrays, calls, forward = golden("sampling"), [], UViT.forward
+
+    def recorded(self, x, t, context):
+        calls.append((float(t[0]), len(x)))
+        return forward(self, x, t, context)
+
+    monkeypatch.setattr(UViT, "forward", recorded)
+    sample(make_uvit("uvit_ema"), arrays, make_sampler(name, 10), 1.0, guidance_interval=(0.25, 0.6))
+    assert [batch for _, batch in calls] == [4 if 250 <= t <= 600 else 2 for t, _ in calls]
+    assert {batch for _, batch in calls} == {2, 4} and len(calls) == 10
+
+
+@pytest.mark.parametrize("name", ["ddim", "dpm-solver++"])
+def test_the_ends_of_guidance_intervals_are_all_or_no_guidance(make_uvit, golden, name):
+    model, arrays = make_uvit("uvit_ema"), golden("sampling")
+
+    def draw(scale: float, **settings) -> np.ndarray:
+        return sample(model, arrays, make_sampler(name, 5), scale, **settings)
+
+    np.testing.assert_array_equal(draw(1.0, guidance_interval=(0.0, 1.0)), draw(1.0))
+    np.testing.assert_array_equal(draw(1.0, guidance_interval=(0.0001, 0.0002)), draw(0.0))
+    with pytest.raises(InputError, match="guidance interval 0.6 to 0.2"):
+        draw(1.0, guidance_interval=(0.6, 0.2))
+
+
 def test_the_network_is_left_in_its_mode(make_uvit, golden):
     model = make_uvit()
     model.train()

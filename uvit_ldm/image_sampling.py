@@ -1,0 +1,123 @@
+"""From encoded captions to images: a network, a sampler and a VAE."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import paddle
+
+from latent_diffusion.configuration import VAE_DOWNSAMPLING
+from latent_diffusion.guidance import ALL_STEPS
+from latent_diffusion.pretrained import PIPELINE_INDEX
+from latent_diffusion.sampling import sample_generators
+from latent_diffusion.vae import check_channels, check_downsampling, decode_latents, load_vae
+
+from .modeling import UViT
+from .pretrained import read_pretrained
+from .sampling import Sampler, sample_latents
+
+
+class Captions(Protocol):
+    """What images are drawn of: the images of `CocoFeatures` with their captions, or `Prompts`.
+
+    Attributes:
+        empty_context: of the empty caption, float32 [L, D].
+    """
+
+    empty_context: np.ndarray
+
+    def __len__(self) -> int: ...
+
+    def draw_contexts(self, indices: Sequence[int], generators: Sequence[np.random.Generator]) -> np.ndarray:
+        """A caption of each of these numbers, encoded: float32 [B, L, D]."""
+
+
+@dataclass(frozen=True, eq=False)
+class ImageSampler:
+    """Draws images of captions.
+
+    Attributes:
+        model: the network.
+        vae: the `AutoencoderKL` of its latents, which its `config.scaling_factor` scales.
+        sampler: from `make_sampler`.
+        guidance_scale: as `sample_latents` counts it; 1 for none.
+        captions: what samples are drawn of.
+        guidance_interval: where guidance acts, see `sample_latents`.
+        amp_dtype: "float16" or "bfloat16" for the network's matrix products, None for float32.
+    """
+
+    model: UViT
+    vae: Any
+    sampler: Sampler
+    guidance_scale: float
+    captions: Captions
+    guidance_interval: tuple[float, float] = ALL_STEPS
+    amp_dtype: str | None = None
+
+    def draw(
+        self,
+        contexts: np.ndarray,
+        generators: Sequence[np.random.Generator],
+        on_step: Callable[[], object] | None = None,
+    ) -> np.ndarray:
+        """One image for each encoded caption: uint8 [B, H, W, 3].
+
+        Args:
+            contexts: float32 [B, L, D].
+            generators: of the noise, one a caption.
+            on_step: called after each step.
+
+        Raises:
+            InputError: the contexts are not of the network's shape, or the images are not finite.
+        """
+        with paddle.amp.auto_cast(enable=self.amp_dtype is not None, dtype=self.amp_dtype or "float16"):
+            latents = sample_latents(
+                self.model,
+                contexts,
+                self.captions.empty_context,
+                self.sampler,
+                self.guidance_scale,
+                generators,
+                on_step,
+                self.guidance_interval,
+            )
+        return decode_latents(self.vae, latents)
+
+    def draw_samples(self, seed: int, indices: Sequence[int]) -> np.ndarray:
+        """The samples of these numbers: uint8 [B, H, W, 3]; each is a function of (seed, index).
+
+        Sample i is drawn of number `i % len(captions)` of the captions; where there are several of that number, which
+        one and then the noise come from one generator of (seed, i).
+
+        Raises:
+            InputError: the seed is negative, or the images are not finite.
+        """
+        generators = sample_generators(seed, indices)
+        contexts = self.captions.draw_contexts([index % len(self.captions) for index in indices], generators)
+        return self.draw(contexts, generators)
+
+
+def load_networks(
+    source: Path, vae_name: str, config_file: Path | None = None, use_ema: bool = True
+) -> tuple[UViT, Any]:
+    """The network in `source` (see `read_pretrained`) and the VAE of its latents, an `AutoencoderKL`.
+
+    The VAE gets the network's scaling factor, unless both are of one pipeline folder: there the VAE's own factor is
+    right, even where its weights were made for another one than the network's.
+
+    Raises:
+        InputError: something is not there, cannot be read, or does not belong together.
+    """
+    pretrained = read_pretrained(source, config_file, use_ema)
+    vae = load_vae(vae_name)
+    check_channels(vae, vae_name, pretrained.config.in_channels)
+    check_downsampling(vae, vae_name, VAE_DOWNSAMPLING)
+    if not _is_part_of(source, vae_name):
+        vae.register_to_config(scaling_factor=pretrained.config.scaling_factor)
+    return pretrained.network(), vae
+
+
+def _is_part_of(source: Path, vae_name: str) -> bool:
+    return (source / PIPELINE_INDEX).is_file() and Path(vae_name).absolute().parent == source.absolute()
