@@ -6,6 +6,7 @@ from pathlib import Path
 from latent_diffusion import runtime
 from latent_diffusion.command_line import ArgumentParser
 from latent_diffusion.errors import command
+from latent_diffusion.evaluation.flags import add_evaluation_arguments
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -24,7 +25,7 @@ def parse_arguments() -> argparse.Namespace:
     )
     parser.add_switch("--use-flip", help="take mirrored latents half of the time, where there is a file of each")
     add("--data-path", type=Path, help="train on images in place of features: a folder a class, or tar shards")
-    add("--vae", "--vae-checkpoint", default="mse", help="mse, ema, a folder or a name on the hub; for images only")
+    add("--vae", "--vae-checkpoint", default="mse", help="mse, ema, a folder or a name on the hub; for images")
     add("--init-from", "--dit-checkpoint", type=Path, help="start from pretrained weights, of any known format")
     add("--results-dir", "--output-path", type=Path, default=Path("results"), help="where experiments are numbered")
     add(
@@ -47,6 +48,7 @@ def parse_arguments() -> argparse.Namespace:
     add("--num-workers", type=int, default=4, help="processes that read data")
     add("--log-every", type=int, default=100, help="steps between log lines")
     add("--ckpt-every", type=int, default=50_000, help="steps between checkpoints")
+    add_evaluation_arguments(parser)
     add("--device", choices=["cpu", "gpu"], help="default: the GPU where there is one")
     parser.add_switch("--use-parallel", help="of MindONE's command line: insist on several processes")
     return parser.parse_args()

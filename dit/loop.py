@@ -17,13 +17,16 @@ from tqdm import tqdm
 from latent_diffusion import checkpoint, device, distributed
 from latent_diffusion.ema import EMA
 from latent_diffusion.errors import InputError
+from latent_diffusion.evaluation.flags import evaluation_flags
+from latent_diffusion.evaluation.training import SampleMaker, open_evaluation
 from latent_diffusion.experiment import Log, find_checkpoint, new_experiment
 from latent_diffusion.features import FeatureStore, StreamBatchSampler, TrainingLoader, TrainingStream
 from latent_diffusion.meter import Meter
 from latent_diffusion.optimizers import adamw, constant_with_warmup
-from latent_diffusion.vae import check_channels, check_downsampling, encode_latents, load_vae
+from latent_diffusion.vae import encode_latents
 
-from .configuration import VAE_DOWNSAMPLING, DiTConfig
+from .configuration import DiTConfig
+from .evaluation import load_fitting_vae, make_sample_maker
 from .features import open_features
 from .images import ImageStore
 from .modeling import DiT
@@ -32,6 +35,9 @@ from .pretrained import build_model
 
 # What the loss is multiplied by at first in fp16; the scaler then adapts it. The Trainer's default.
 INITIAL_LOSS_SCALE = 2.0**15
+
+# DDIM steps of the samples that are evaluated: as many as the Trainer takes by default.
+EVALUATION_SAMPLING_STEPS = 25
 
 
 def train(args: Namespace) -> None:
@@ -44,6 +50,7 @@ def train(args: Namespace) -> None:
     place = device.select(args.device)
     rank, world_size = distributed.start()
     check(args, world_size)
+    eval_flags = evaluation_flags(args)
     amp = args.amp if place == "gpu" else "off"
 
     # The model: new, or from pretrained weights.
@@ -60,6 +67,14 @@ def train(args: Namespace) -> None:
     store, vae = open_data(args, model.config)
     objective = make_objective()
     steps = args.max_steps or math.ceil(len(store) * args.epochs / args.global_batch_size)
+
+    # What is compared with a reference now and then, and keeps the best weights.
+    def make_maker() -> SampleMaker:
+        decoder = vae or load_fitting_vae(args.vae, model.config)
+        return make_sample_maker(model.config, decoder, EVALUATION_SAMPLING_STEPS)
+
+    evaluation = open_evaluation(eval_flags, make_maker, args.results_dir)
+    notes += evaluation.notes if evaluation else []
 
     # What moves during training, and where it was.
     ema = EMA(model, args.ema_decay)
@@ -78,6 +93,8 @@ def train(args: Namespace) -> None:
 
     folder = open_folder(args, name, resumed, first) if rank == 0 else None
     folder = Path(distributed.from_first(str(folder)))
+    if evaluation and rank == 0:
+        evaluation.keep_best_in(folder)
     log = Log(folder, vars(args), first) if rank == 0 else None
     if log:
         parameters = sum(p.size for p in model.parameters() if not p.stop_gradient)
@@ -127,6 +144,10 @@ def train(args: Namespace) -> None:
             checkpoint.save(folder / f"checkpoint-{step}", write)
             if log:
                 log.line(f"wrote {folder / f'checkpoint-{step}'}")
+        if evaluation and evaluation.due(step):
+            found = evaluation.run(step, model, ema)
+            if log:
+                log.evaluation(step, found)
     bar.close()
     if log:
         log.close()
@@ -152,10 +173,7 @@ def open_data(args: Namespace, config: DiTConfig) -> tuple[FeatureStore, paddle.
     """The samples, and the VAE that encodes them where they are images."""
     if args.data_path is None:
         return open_features(args.feature_path, config, args.use_flip), None
-    store, vae = ImageStore(args.data_path, config), load_vae(args.vae)
-    check_channels(vae, args.vae, config.in_channels)
-    check_downsampling(vae, args.vae, VAE_DOWNSAMPLING)
-    return store, vae
+    return ImageStore(args.data_path, config), load_fitting_vae(args.vae, config)
 
 
 def open_folder(args: Namespace, name: str, resumed: Path | None, first: int) -> Path:

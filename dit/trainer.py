@@ -7,6 +7,7 @@ import numpy as np
 import paddle
 
 from latent_diffusion.errors import InputError
+from latent_diffusion.evaluation.training import SampleMaker
 from latent_diffusion.images import image_grid
 from latent_diffusion.objectives import Denoiser
 from latent_diffusion.trainer import LatentDiffusionTrainer, run_training
@@ -15,6 +16,7 @@ from latent_diffusion.vae import decode_latents, load_vae_for_images
 
 from .classes import spread_classes
 from .configuration import DiTConfig
+from .evaluation import load_fitting_vae, make_sample_maker
 from .features import open_features
 from .modeling import DiT
 from .objective import make_objective
@@ -91,9 +93,20 @@ def train(dit_args: DiTArguments, args: DiTTrainingArguments) -> None:
         open_features(dit_args.feature_path, config, dit_args.use_flip),
         lambda resumed: build_model(config, dit_args.pretrained, resumed),
         lambda: _image_drawer(config, dit_args, args.seed),
+        lambda: _sample_maker(config, dit_args),
         dit_args,
         args,
     )
+
+
+def _sample_maker(config: DiTConfig, dit_args: DiTArguments) -> SampleMaker:
+    """What makes the samples of evaluations.
+
+    Raises:
+        InputError: the VAE cannot be had.
+    """
+    vae = load_fitting_vae(dit_args.vae_name_or_path, config)
+    return make_sample_maker(config, vae, dit_args.num_inference_steps)
 
 
 def _image_drawer(config: DiTConfig, dit_args: DiTArguments, seed: int):

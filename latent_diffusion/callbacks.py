@@ -98,6 +98,16 @@ class ProgressCallback(TrainerCallback):
             self.bar.close()
 
 
+class EvaluationCallback(TrainerCallback):
+    """Has the Trainer evaluate after every step that `due(step)` says."""
+
+    def __init__(self, due: Callable[[int], bool]):
+        self.due = due
+
+    def on_step_end(self, args, state, control, **kwargs):
+        control.should_evaluate = self.due(state.global_step)
+
+
 class ImageLoggingCallback(TrainerCallback):
     """Sends images drawn with the averaged weights to VisualDL; where that fails it warns and stops doing so.
 

@@ -3,8 +3,10 @@
     output_dir/checkpoint-N/
         model_state.pdparams  ema_state.pdparams  optimizer.pdopt  scheduler.pdparams  scaler.pdparams
         rng_state*.pth  trainer_state.json  training_args.bin  config.json
+    output_dir/best/
+        model_state.pdparams  ema_state.pdparams  config.json  evaluation.json
 
-A folder of that name is complete: it is written under another name and renamed. All state is read without executing
+A folder of such a name is complete: it is written under another name and renamed. All state is read without executing
 anything from the files.
 """
 
@@ -27,6 +29,9 @@ from .weights import read_paddle, read_weights, write_paddle
 MODEL, EMA_MODEL, CONFIG = "model_state.pdparams", "ema_state.pdparams", "config.json"
 OPTIMIZER, SCHEDULER, SCALER = "optimizer.pdopt", "scheduler.pdparams", "scaler.pdparams"
 TRAINER_STATE, TRAINING_ARGUMENTS = "trainer_state.json", "training_args.bin"
+
+# The weights that evaluation during training found best, and the file that says how good they are.
+BEST, EVALUATION = "best", "evaluation.json"
 
 # Said when a run goes on with batches of another size.
 OTHER_BATCHES = "other samples a step than before: the order of data changes from here on"
@@ -59,12 +64,20 @@ def remove_oldest(output_dir: Path, keep: int | None) -> None:
 
 
 def set_aside(output_dir: Path, after: int = -1) -> Path | None:
-    """Moves checkpoints of steps beyond `after` to a folder of their own, so that a new run's cannot mix with them.
+    """Moves what is of steps beyond `after` to a folder of its own, so that a new run's cannot mix with it.
+
+    Checkpoints, and the best weights.
 
     Returns:
         The folder, `output_dir/overwritten-N`, or None when there were none.
+
+    Raises:
+        InputError: the best weights do not say of which step they are.
     """
     earlier = [path for path in checkpoints(output_dir) if _step(path) > after]
+    best = read_best(output_dir)
+    if best is not None and best["step"] > after:
+        earlier.append(output_dir / BEST)
     if not earlier:
         return None
     numbers = [int(path.name.removeprefix("overwritten-")) for path in output_dir.glob("overwritten-[0-9]*")]
@@ -73,6 +86,25 @@ def set_aside(output_dir: Path, after: int = -1) -> Path | None:
     for path in earlier:
         path.rename(folder / path.name)
     return folder
+
+
+def read_best(output_dir: Path) -> dict | None:
+    """What is known of the best weights so far: "step", their distance "fid" and more; None where there are none.
+
+    Raises:
+        InputError: the file that says so cannot be read.
+    """
+    path = output_dir / BEST / EVALUATION
+    if not path.is_file():
+        return None
+    try:
+        found = json.loads(path.read_text())
+        return found | {"step": int(found["step"]), "fid": float(found["fid"])}
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise InputError(
+            f"{path} does not say how good the weights beside it are ({type(error).__name__}: {error}); move the "
+            "folder away"
+        ) from None
 
 
 def save(final: Path, write: Callable[[Path], None], keep: int | None = None) -> None:
@@ -108,12 +140,17 @@ def write_state(folder: Path, model: paddle.nn.Layer, ema: EMA | None, lr_schedu
         model: its `config` has `save`.
         scaler: a `paddle.amp.GradScaler`, or None where the loss is not scaled.
     """
-    write_paddle(folder / MODEL, model.state_dict())
-    if ema is not None:
-        write_paddle(folder / EMA_MODEL, ema.state_dict())
+    write_weights(folder, model, ema)
     write_paddle(folder / SCHEDULER, lr_scheduler.state_dict())
     if scaler is not None:
         write_paddle(folder / SCALER, scaler.state_dict())
+
+
+def write_weights(folder: Path, model: paddle.nn.Layer, ema: EMA | None) -> None:
+    """Writes what sampling and conversion need: weights, their average and the configuration; see `write_state`."""
+    write_paddle(folder / MODEL, model.state_dict())
+    if ema is not None:
+        write_paddle(folder / EMA_MODEL, ema.state_dict())
     model.config.save(folder / CONFIG)
 
 

@@ -1,7 +1,7 @@
 """Numbered experiment folders of the plain training loop: `results/000-DiT-XL-2`.
 
 results/000-DiT-XL-2/
-    arguments.json  arguments-N.json (of a run resumed at step N)  log.txt  runs/ (VisualDL)  checkpoint-N/
+    arguments.json  arguments-N.json (of a run resumed at step N)  log.txt  runs/ (VisualDL)  checkpoint-N/  best/
 """
 
 import json
@@ -14,6 +14,7 @@ from tqdm import tqdm
 
 from . import checkpoint
 from .errors import InputError
+from .evaluation.training import Evaluation
 from .progress import training_line
 
 _NAME = re.compile(r"(\d{3,})-(.+)")
@@ -98,3 +99,9 @@ class Log:
         self.line(training_line(step, steps, values))
         for name, value in values.items():
             self._curves.add_scalar(f"train/{name}", value, step)
+
+    def evaluation(self, step: int, found: Evaluation) -> None:
+        """Logs what an evaluation after one step found."""
+        self.line(found.line)
+        if found.distance is not None:
+            self._curves.add_scalar("eval/fid", found.distance, step)

@@ -12,11 +12,19 @@ from paddlenlp.trainer import PrinterCallback, Trainer, set_seed
 from paddlenlp.trainer import ProgressCallback as PaddleNLPProgressCallback
 from paddlenlp.trainer.integrations import VisualDLCallback
 from paddlenlp.trainer.trainer_utils import ShardingOption
+from tqdm import tqdm
 
 from . import checkpoint
-from .callbacks import EMACallback, GradientNormCallback, ImageLoggingCallback, ProgressCallback
+from .callbacks import (
+    EMACallback,
+    EvaluationCallback,
+    GradientNormCallback,
+    ImageLoggingCallback,
+    ProgressCallback,
+)
 from .ema import EMA
 from .errors import InputError
+from .evaluation.training import SampleMaker, TrainingEvaluation, open_evaluation
 from .features import FeatureStore, StreamBatchSampler, TrainingLoader, TrainingStream
 from .meter import Meter
 from .objectives import Denoiser, Objective
@@ -48,6 +56,7 @@ class LatentDiffusionTrainer(Trainer):
             args.max_steps = math.ceil(len(store) * args.num_train_epochs / samples_per_step)
         super().__init__(model=model, args=args, train_dataset=TrainingStream(store, objective, args.seed))
         self.objective, self.store, self.ema = objective, store, ema
+        self._evaluation: TrainingEvaluation | None = None
         self._resumed_step = self._saved_step = 0
         self._meter = Meter(samples_per_step, args.gradient_accumulation_steps)
         self._gradient_norm = GradientNormCallback()
@@ -70,6 +79,30 @@ class LatentDiffusionTrainer(Trainer):
             if isinstance(callback, VisualDLCallback):
                 self.add_callback(ImageLoggingCallback(draw, every, self.ema, callback))
                 return
+
+    def evaluate_with(self, evaluation: TrainingEvaluation) -> None:
+        """Runs `evaluation` whenever it is due; it keeps the best weights in the output folder.
+
+        Raises:
+            InputError: the best weights there cannot be compared with those of this run.
+        """
+        if self.is_world_process_zero():
+            evaluation.keep_best_in(Path(self.args.output_dir))
+            for note in evaluation.notes:
+                print(f"note: {note}", file=sys.stderr)
+        self._evaluation = evaluation
+        self.add_callback(EvaluationCallback(evaluation.due))
+
+    def evaluate(self, *args, **kwargs) -> None:
+        """What PaddleNLP calls where a callback asks for it: its own loop over a dataset makes no images."""
+        found = self._evaluation.run(self.state.global_step, self.model, self.ema)
+        self.control.should_evaluate = False  # it would be asked for again at the end of an epoch
+        if found is None:
+            return
+        tqdm.write(found.line)
+        sys.stdout.flush()
+        if found.distance is not None:
+            self.log({"eval_fid": found.distance})
 
     @abstractmethod
     def denoiser(self, model, inputs: dict[str, paddle.Tensor]) -> Denoiser:
@@ -209,6 +242,7 @@ def run_training(
     store: FeatureStore,
     build_model: Callable[[Path | None], tuple[paddle.nn.Layer, list[str]]],
     make_drawer: Callable[[], Callable[[paddle.nn.Layer], dict[str, np.ndarray]] | None],
+    make_maker: Callable[[], SampleMaker],
     suite_args: SuiteArguments,
     args: SuiteTrainingArguments,
 ) -> None:
@@ -221,17 +255,23 @@ def run_training(
         build_model: gives the network to begin with, and sentences about it, for the checkpoint folder that is resumed
             or None.
         make_drawer: gives what `log_images` takes, or None where no images can be drawn.
+        make_maker: gives what makes the samples that `--eval_steps` asks for.
         suite_args: flags of this suite.
         args: flags of PaddleNLP.
 
     Raises:
         InputError: whatever is wrong with the output folder, a checkpoint or the flags, before training starts.
     """
+    eval_flags = suite_args.evaluation(args.eval_steps)
     resume = prepare_output(args)
+    evaluation = open_evaluation(eval_flags, make_maker, Path(args.output_dir))
     logs_images = suite_args.image_logging_steps > 0 and args.should_save and "visualdl" in args.report_to
     draw = make_drawer() if logs_images else None
 
     set_seed(args.seed)
+    # Under sharding that seeds each process differently. Weights become those of the first when they are wrapped, but
+    # averages begin with what a process has made, and all processes draw samples with theirs.
+    paddle.seed(args.seed)
     model, notes = build_model(resume)
     if args.should_save:
         for note in notes:
@@ -242,6 +282,8 @@ def run_training(
     trainer = trainer_class(model, objective, store, ema, args)
     if draw:
         trainer.log_images(draw, suite_args.image_logging_steps)
+    if evaluation:
+        trainer.evaluate_with(evaluation)
     trainer.train(resume)
 
 
@@ -249,7 +291,8 @@ def prepare_output(args) -> Path | None:
     """Makes the output folder and says which checkpoint to resume from: the given one, else the newest there.
 
     Checkpoints that the run would mix with are moved aside, and it is said where to: all of them with
-    `--overwrite_output_dir`, those of later steps when an earlier one of the same folder is resumed.
+    `--overwrite_output_dir`, those of later steps when an earlier one of the same folder is resumed. So are the best
+    weights.
 
     Raises:
         InputError: the output folder cannot be written, or the given folder is no complete checkpoint.
@@ -269,10 +312,9 @@ def prepare_output(args) -> Path | None:
         if folder.absolute().parent == output_dir.absolute():
             _set_aside(args, after=checkpoint.read_progress(folder)[0])
         return folder
-    if args.overwrite_output_dir:
-        _set_aside(args, after=-1)
-        return None
-    return checkpoint.newest_checkpoint(output_dir)
+    newest = None if args.overwrite_output_dir else checkpoint.newest_checkpoint(output_dir)
+    _set_aside(args, after=checkpoint.read_progress(newest)[0] if newest else -1)
+    return newest
 
 
 def _set_aside(args, after: int) -> None:

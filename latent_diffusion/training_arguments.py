@@ -12,6 +12,8 @@ from paddlenlp.utils.log import logger
 
 from .command_line import ArgumentParser
 from .errors import InputError
+from .evaluation import flags
+from .evaluation.extractors import EXTRACTORS
 
 
 @dataclass
@@ -34,15 +36,31 @@ class SuiteArguments:
     )
     vae_name_or_path: str = field(
         default="stabilityai/sd-vae-ft-mse",
-        metadata={"help": "VAE that decodes the logged images: a ppdiffusers folder or a name on the hub"},
+        metadata={"help": "VAE that decodes logged and evaluated images: a ppdiffusers folder or a name on the hub"},
     )
     image_logging_steps: int = field(
         default=1000, metadata={"help": "log a grid of EMA samples every so many steps, 0 for never"}
     )
-    num_inference_steps: int = field(default=25, metadata={"help": "sampling steps of the logged images"})
+    num_inference_steps: int = field(default=25, metadata={"help": "sampling steps of logged and evaluated images"})
+    eval_samples: int = field(default=flags.SAMPLES, metadata={"help": flags.HELP["samples"]})
+    eval_reference: Optional[str] = field(default=None, metadata={"help": flags.HELP["reference"]})
+    eval_extractor: str = field(default=EXTRACTORS[0], metadata={"help": flags.HELP["extractor"]})
+    eval_weights: Optional[str] = field(default=None, metadata={"help": flags.HELP["weights"]})
     enable_xformers_memory_efficient_attention: bool = field(
         default=False, metadata={"help": "use Paddle's flash / memory-efficient attention (GPU)"}
     )
+
+    def evaluation(self, steps: int | None) -> flags.EvaluationFlags:
+        """The flags `--eval_*`.
+
+        Args:
+            steps: `--eval_steps`, which PaddleNLP's arguments have.
+
+        Raises:
+            InputError: see `EvaluationFlags`.
+        """
+        reference, weights = (path and Path(path) for path in (self.eval_reference, self.eval_weights))
+        return flags.EvaluationFlags(steps, self.eval_samples, reference, self.eval_extractor, weights)
 
     @property
     def pretrained(self) -> Path | None:
@@ -68,6 +86,7 @@ class SuiteTrainingArguments(TrainingArguments):
     max_grad_norm: float = field(default=-1.0, metadata={"help": "clip the gradient to this norm; -1 for no clipping"})
     lr_scheduler_type: str = field(default="constant", metadata={"help": "constant, constant_with_warmup, linear, ..."})
     report_to: str = field(default="visualdl", metadata={"help": "where metrics go: visualdl, tensorboard, none, ..."})
+    eval_steps: Optional[int] = field(default=None, metadata={"help": flags.HELP["steps"]})
     device: str = field(default="", metadata={"help": "cpu, gpu, xpu, npu; empty for the GPU where there is one"})
     disable_tqdm: Optional[bool] = field(
         default=None, metadata={"help": "print plain lines, not a progress bar (default: off on a terminal)"}
@@ -104,7 +123,12 @@ class SuiteTrainingArguments(TrainingArguments):
         )
         if evaluates or self.load_best_model_at_end:
             raise InputError(
-                "--do_eval, --do_predict, --evaluation_strategy and --load_best_model_at_end are not supported"
+                "--do_eval, --do_predict, --evaluation_strategy and --load_best_model_at_end are not supported; "
+                "--eval_steps with --eval_reference evaluates and keeps the best weights"
+            )
+        if self.eval_steps is not None and "stage3" in self.sharding:
+            raise InputError(
+                "--eval_steps needs whole weights, which --sharding stage3 does not keep; use stage1 or stage2"
             )
         if self.seed < 0:
             raise InputError(f"--seed must be at least 0, not {self.seed}")

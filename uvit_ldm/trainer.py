@@ -1,6 +1,7 @@
 """Training a U-ViT with PaddleNLP's Trainer: arguments, the trainer, and what the entry point calls."""
 
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Optional
@@ -9,22 +10,25 @@ import numpy as np
 import paddle
 
 from latent_diffusion.errors import InputError
-from latent_diffusion.images import captioned_grid
+from latent_diffusion.evaluation.training import SampleMaker
+from latent_diffusion.images import captioned_grid, crop_then_resize
 from latent_diffusion.objectives import Denoiser
-from latent_diffusion.text_encoder import TextEncoder
 from latent_diffusion.trainer import LatentDiffusionTrainer, run_training
 from latent_diffusion.training_arguments import SuiteArguments, SuiteTrainingArguments
-from latent_diffusion.vae import decode_latents, load_vae_for_images
+from latent_diffusion.vae import check_channels, decode_latents, load_vae, load_vae_for_images
 
 from .configuration import STABLE_DIFFUSION, UViTConfig
 from .feature_files import read_prompts
 from .features import CocoFeatures, open_features
+from .image_sampling import ImageSampler
 from .modeling import UViT
 from .objective import make_objective
 from .pretrained import build_model
+from .prompts import load_encoder
 from .sampling import make_sampler, sample_latents
 
-# Logged images: the scale of the reference's evaluation (its s = 1), and the one of pipelines' examples.
+# Logged images: the scale of the reference's evaluation (its s = 1), as samples are evaluated here too, and the one of
+# pipelines' examples.
 GUIDANCE_SCALES = (2.0, 7.5)
 LOGGED_PROMPTS = 8
 
@@ -48,7 +52,7 @@ class UViTArguments(SuiteArguments):
     )
     vae_name_or_path: str = field(
         default=f"{STABLE_DIFFUSION}/vae",
-        metadata={"help": "VAE that decodes the logged images: a folder or a name on the hub"},
+        metadata={"help": "VAE that decodes logged and evaluated images: a folder or a name on the hub"},
     )
     text_encoder_name_or_path: str = field(
         default=f"{STABLE_DIFFUSION}/text_encoder",
@@ -58,7 +62,7 @@ class UViTArguments(SuiteArguments):
         default=f"{STABLE_DIFFUSION}/tokenizer",
         metadata={"help": "tokenizer of --validation_prompts: a folder or a name on the hub"},
     )
-    num_inference_steps: int = field(default=50, metadata={"help": "sampling steps of the logged images"})
+    num_inference_steps: int = field(default=50, metadata={"help": "sampling steps of logged and evaluated images"})
 
     def model_config(self) -> UViTConfig:
         """The configuration that the flags ask for.
@@ -110,9 +114,28 @@ def train(uvit_args: UViTArguments, args: UViTTrainingArguments) -> None:
         store,
         lambda resumed: build_model(config, uvit_args.pretrained, resumed),
         lambda: _image_drawer(config, uvit_args, store, args.seed),
+        lambda: _sample_maker(config, uvit_args),
         uvit_args,
         args,
     )
+
+
+def _sample_maker(config: UViTConfig, uvit_args: UViTArguments) -> SampleMaker:
+    """Draws images of the captions of the val split with DDIM, guided as the reference's evaluation is.
+
+    Raises:
+        InputError: the VAE or the features cannot be had.
+    """
+    captions = open_features(uvit_args.feature_path, config, "val")
+    vae = load_vae(uvit_args.vae_name_or_path)
+    check_channels(vae, uvit_args.vae_name_or_path, config.in_channels)
+    vae.register_to_config(scaling_factor=config.scaling_factor)
+    sampler = make_sampler("ddim", uvit_args.num_inference_steps)
+
+    def draw(model: UViT, seed: int, indices: Sequence[int]) -> np.ndarray:
+        return ImageSampler(model, vae, sampler, GUIDANCE_SCALES[0], captions).draw_samples(seed, indices)
+
+    return SampleMaker(draw, uvit_args.num_inference_steps, (config.resolution, crop_then_resize))
 
 
 def _image_drawer(config: UViTConfig, uvit_args: UViTArguments, store: CocoFeatures, seed: int):
@@ -150,14 +173,7 @@ def _prompts(config: UViTConfig, uvit_args: UViTArguments) -> list[tuple[str, np
             )
         return prompts
     try:
-        encoder = TextEncoder.load(
-            uvit_args.text_encoder_name_or_path, uvit_args.tokenizer_name_or_path, config.num_text_tokens
-        )
-        if encoder.width != config.clip_dim:
-            raise InputError(
-                f"the text encoder {uvit_args.text_encoder_name_or_path} gives contexts of width {encoder.width}, the "
-                f"model takes {config.clip_dim}"
-            )
+        encoder = load_encoder(uvit_args.text_encoder_name_or_path, uvit_args.tokenizer_name_or_path, config)
         return list(zip(given, encoder.encode(given), strict=True))
     except Exception as error:  # whatever is wrong with it, training can do without
         print(f"warning: no images will be logged: {error}", file=sys.stderr)

@@ -1,5 +1,6 @@
 """Runs the real commands in processes of their own, two at a time, with a tiny model on small features."""
 
+import json
 import os
 import shutil
 import subprocess
@@ -97,10 +98,19 @@ def write_features(root: Path, count: int) -> Path:
     return root
 
 
+def write_reference(path: Path) -> Path:
+    """An `.npz` with 200 images of noise of 64 pixels, more than the features `pixels` have dimensions."""
+    np.savez(path, arr_0=np.random.default_rng(0).integers(0, 256, (200, 64, 64, 3), dtype=np.uint8))
+    return path
+
+
 def without_later(source: Path, target: Path, step: int) -> Path:
     """A copy of a run's folder as it was when it had just saved the checkpoint of `step`."""
     shutil.copytree(source, target)
     for path in (target / "out").glob("checkpoint-*"):
         if int(path.name.removeprefix("checkpoint-")) > step:
             shutil.rmtree(path)
+    best = target / "out" / "best"
+    if best.exists() and json.loads((best / "evaluation.json").read_text())["step"] > step:
+        shutil.rmtree(best)
     return target

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from .commands import LAUNCH, TINY, TRAIN, Command, write_features
+from .commands import LAUNCH, TINY, TRAIN, Command, write_features, write_reference
 
 
 @pytest.fixture(scope="session")
@@ -19,6 +19,13 @@ def config_file(tmp_path_factory) -> Path:
 def feature_path(tmp_path_factory) -> Path:
     """Forty images: five steps of eight are an epoch."""
     return write_features(tmp_path_factory.mktemp("data") / "features", 40)
+
+
+@pytest.fixture(scope="session")
+def evaluation_flags(tmp_path_factory) -> tuple[object, ...]:
+    """Of an evaluation at the third step: two batches of samples, which is one for each of two processes."""
+    reference = write_reference(tmp_path_factory.mktemp("reference") / "images.npz")
+    return ("--eval_steps", 3, "--eval_samples", 40, "--eval_reference", reference, "--eval_extractor", "pixels")
 
 
 @pytest.fixture(scope="session")

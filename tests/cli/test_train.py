@@ -11,6 +11,7 @@ import pytest
 from PIL import Image
 
 from dit.feature_conversion import convert_features
+from dit.pretrained import load_dit
 from latent_diffusion.weights import read_paddle
 
 from .commands import LAUNCH, LOOP, REPOSITORY, Command, run_all
@@ -60,7 +61,7 @@ def images(root) -> dict[str, Path]:
 
 
 @pytest.fixture(scope="module")
-def runs(root, loop_command, train_command, config_file, feature_path, vae_folder, images):
+def runs(root, loop_command, train_command, config_file, feature_path, vae_folder, images, evaluation_flags):
     """Results by name; each ran in the folder of its name."""
     for name in ("published", "yaml"):
         (root / name).mkdir()
@@ -89,7 +90,10 @@ def runs(root, loop_command, train_command, config_file, feature_path, vae_folde
             "two": loop_command(root / "two", *EIGHT, *FAST, "--global-seed", 23, "--recompute", processes=2),
             "two_plain": loop_command(root / "two_plain", *EIGHT, *FAST, "--global-seed", 23, processes=2),
             "trainer": train_command(root / "trainer", *trainer, "--save_steps", 2),
-            "one": loop_command(root / "one", *EIGHT, *FAST, "--global_seed", 23, "--amp", "bf16"),
+            "one": loop_command(
+                root / "one", *EIGHT, *FAST, "--global_seed", 23, "--amp", "bf16", *evaluation_flags,
+                "--vae", vae_folder,
+            ),
             "packed": loop_command(
                 root / "packed_run", *EIGHT, *FAST, "--global-seed", 23, "--feature-path", root / "packed"
             ),
@@ -108,7 +112,7 @@ def runs(root, loop_command, train_command, config_file, feature_path, vae_folde
 
 
 @pytest.fixture(scope="module")
-def later(root, runs, loop_command, train_command):
+def later(root, runs, loop_command, train_command, vae_folder, evaluation_flags):
     """Runs that go on where an earlier one was."""
     for name in ("one", "trainer"):
         runs[name].ok()
@@ -119,7 +123,9 @@ def later(root, runs, loop_command, train_command):
     flags = (*EIGHT, *FAST, "--global-seed", 23)
     return run_all(
         {
-            "resumed": loop_command(root / "resumed", *flags, "--resume"),
+            "resumed": loop_command(
+                root / "resumed", *flags, "--resume", *evaluation_flags, "--vae", vae_folder
+            ),
             "rewound": loop_command(root / "rewound", *flags, "--resume", "results/000-tiny/checkpoint-2"),
             "loop_after_trainer": loop_command(
                 root / "loop_after_trainer", *flags, "--resume", root / "trainer/out/checkpoint-2"
@@ -227,6 +233,26 @@ def test_a_resume_says_what_is_not_as_before(later, root):
     assert "is at step 4: nothing is left to train" in later["finished"].ok().out
     first, resumed = (root / "resumed/results/000-tiny" / f"arguments{end}.json" for end in ("", "-2"))
     assert json.loads(first.read_text())["resume"] is None and json.loads(resumed.read_text())["resume"] is True
+
+
+def test_the_best_weights_are_kept_and_their_distance_is_logged(runs, later, root):
+    """They are of the third step, so that a run resumed at the second one finds them again."""
+    from visualdl import LogReader
+
+    distances = []
+    for name, results in (("one", runs), ("resumed", later)):
+        folder = root / name / "results/000-tiny"
+        (line,) = [line for line in results[name].ok().out.splitlines() if line.startswith("step 3: Frechet distance")]
+        assert line in (folder / "log.txt").read_text() and ", the best so far; " in line
+        found = json.loads((folder / "best/evaluation.json").read_text())
+        assert (found["step"], found["samples"]) == (3, 40)
+        assert load_dit(folder / "best", None, True).config.num_classes == 10
+        distances.append(found["fid"])
+    assert distances[0] == distances[1]
+    assert (root / "resumed/results/000-tiny/overwritten-1/best").is_dir()
+    (log,) = (root / "one/results/000-tiny/runs").glob("vdlrecords*")
+    (record,) = LogReader(file_path=str(log)).get_data("scalar", "eval/fid")
+    assert (record.id, record.value) == (3, pytest.approx(distances[0], rel=1e-6))
 
 
 def test_experiments_are_numbered(later, root):

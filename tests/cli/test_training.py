@@ -6,9 +6,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from dit.image_sampling import ImageSampler
+from dit.pretrained import load_dit
+from dit.sampling import make_sampler
+from latent_diffusion.evaluation.extractors import Pixels
+from latent_diffusion.evaluation.metrics import frechet_distance, moments
+from latent_diffusion.vae import load_vae
 from latent_diffusion.weights import read_paddle
 
-from .commands import TINY, TRAIN, Command, run_all, without_later, write_features
+from .commands import TINY, TRAIN, Command, Result, run_all, without_later, write_features
 
 # The published command, word for word; four flags follow it.
 PUBLISHED = """--do_train --output_dir ./image_generation_dit_output_trainer --per_device_train_batch_size 16
@@ -29,21 +35,22 @@ def root(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def runs(root, train_command, config_file, feature_path, vae_folder):
+def runs(root, train_command, config_file, feature_path, vae_folder, evaluation_flags):
     """Results by name; each ran in the folder of its name and wrote to `out` there."""
     published = [*PUBLISHED.split(), "--config_file", config_file, "--feature_path", feature_path]
     published = [str(part) for part in (*published, "--max_steps", 4, "--output_dir", "out")]
     (root / "published").mkdir()
     (root / "published_two").mkdir()
     launcher = train_command(root / "unused", processes=2).arguments[:5]
-    images = ("--image_logging_steps", 2, "--num_inference_steps", 2, "--vae_name_or_path", vae_folder)
+    sampling = ("--num_inference_steps", 2, "--vae_name_or_path", vae_folder, *evaluation_flags)
+    images = ("--image_logging_steps", 2, *sampling)
     indifferent = ("--recompute", "--enable_xformers_memory_efficient_attention", "--fp16", "--fp16_opt_level", "O2")
     return run_all(
         {
             "published_two": Command([*launcher, TRAIN, *published], root / "published_two"),
-            "two": train_command(root / "two", *FOUR, *FAST, "--save_steps", 2, processes=2),
+            "two": train_command(root / "two", *FOUR, *FAST, *sampling, "--save_steps", 2, processes=2),
             "sharded": train_command(
-                root / "sharded", *FOUR, *FAST, "--save_steps", 2, "--sharding", "stage1", processes=2
+                root / "sharded", *FOUR, *FAST, *sampling, "--save_steps", 2, "--sharding", "stage1", processes=2
             ),
             "published": Command([TRAIN, *published], root / "published"),
             "one": train_command(root / "one", *EIGHT, *FAST, *images, "--save_steps", 1, "--save_total_limit", 3),
@@ -55,7 +62,7 @@ def runs(root, train_command, config_file, feature_path, vae_folder):
 
 
 @pytest.fixture(scope="module")
-def later(root, runs, train_command, tmp_path_factory):
+def later(root, runs, train_command, tmp_path_factory, vae_folder, evaluation_flags):
     """Runs that go on where an earlier one was, or fail there."""
     for name in ("one", "two", "sharded"):
         runs[name].ok()
@@ -71,6 +78,7 @@ def later(root, runs, train_command, tmp_path_factory):
         without_later(root / "one", root / name, 2)
     resume_two = ("--resume_from_checkpoint", root / "two" / "out" / "checkpoint-2")
     resume_sharded = ("--resume_from_checkpoint", root / "sharded" / "out" / "checkpoint-2")
+    sampling = ("--num_inference_steps", 2, "--vae_name_or_path", vae_folder, *evaluation_flags)
     spoiled, _ = spoiled_features(tmp_path_factory.mktemp("spoiled") / "features")
     return run_all(
         {
@@ -85,7 +93,7 @@ def later(root, runs, train_command, tmp_path_factory):
                 root / "rewound", *FOUR, *FAST, "--resume_from_checkpoint", "out/checkpoint-2", "--max_steps", 3
             ),
             "other_model": train_command(root / "other_model", *EIGHT, *FAST, "--config_file", other),
-            "one_resumed": train_command(root / "one_resumed", *EIGHT, *FAST),
+            "one_resumed": train_command(root / "one_resumed", *EIGHT, *FAST, *sampling),
             "exploding": train_command(root / "exploding", *EIGHT, "--learning_rate", "1e30", "--save_steps", 2),
             "bad_file": train_command(
                 root / "bad_file", *EIGHT, "--feature_path", spoiled, "--max_steps", 50, "--dataloader_num_workers", 2
@@ -220,6 +228,42 @@ def test_a_resumed_run_is_bitwise_the_same(root, runs, later, name):
     assert later[f"{name}_resumed"].logged("loss") == runs[name].logged("loss")[2:]
 
 
+def evaluated(result: Result) -> str:
+    """The line of the one evaluation, without how long it took."""
+    (line,) = [line for line in result.ok().out.splitlines() if line.startswith("step 3: Frechet distance (pixels)")]
+    return line.rpartition(";")[0]
+
+
+def distance(folder: Path) -> float:
+    return json.loads((folder / "out/best/evaluation.json").read_text())["fid"]
+
+
+def test_the_distance_is_that_of_the_samples_of_the_averaged_weights(root, runs, vae_folder, evaluation_flags):
+    assert evaluated(runs["one"]).endswith("the best so far")
+    best = root / "one/out/best"
+    assert_equal(read_paddle(best / "ema_state.pdparams"), state_at(root / "one", 3, "ema_state.pdparams"))
+    sampler = ImageSampler(load_dit(best, None, True), load_vae(str(vae_folder)), make_sampler("ddim", 2), 1.0)
+    samples = [sampler.draw_samples(0, indices) for indices in (range(32), range(32, 40))]
+    with np.load(evaluation_flags[5]) as file:
+        real = moments(Pixels()(file["arr_0"])["features"])
+    expected = frechet_distance(real, moments(Pixels()(np.concatenate(samples))["features"]))
+    assert distance(root / "one") == pytest.approx(expected, rel=1e-6)
+    assert f"of 40 samples {expected:.5g}," in evaluated(runs["one"])
+
+
+@pytest.mark.parametrize("other", ["two", "sharded"])
+def test_processes_that_share_an_evaluation_find_the_same(root, runs, other):
+    """As far as their weights are the same: those differ in the last digits."""
+    runs[other].ok()
+    assert distance(root / other) == pytest.approx(distance(root / "one"), rel=1e-6)
+    assert runs[other].out.count("step 3: Frechet distance") == 1
+
+
+def test_a_resumed_run_finds_the_same_distance(root, runs, later):
+    assert evaluated(later["one_resumed"]) == evaluated(runs["one"])
+    assert distance(root / "one_resumed") == distance(root / "one")
+
+
 def test_flags_without_effect_on_a_cpu_say_so_once(runs):
     notes = runs["accumulated"].ok().err
     assert notes.count("--fp16 and --bf16 have no effect on a CPU") == 1
@@ -239,6 +283,8 @@ def test_visualdl_has_the_curves_and_the_images(root, runs):
     records = reader.get_data("scalar", "train/loss")
     assert [record.id for record in records] == [1, 2, 3, 4]
     np.testing.assert_allclose([r.value for r in records], np.array(runs["one"].logged("loss"), float), rtol=1e-3)
+    (fid,) = reader.get_data("scalar", "eval/fid")
+    assert (fid.id, fid.value) == (3, pytest.approx(distance(root / "one"), rel=1e-6))
     assert set(tags["image"]) == {"samples/guidance_1", "samples/guidance_4"}
     for tag in tags["image"]:
         assert [record.id for record in reader.get_data("image", tag)] == [2, 4]
@@ -284,6 +330,7 @@ def test_resuming_from_an_earlier_checkpoint_sets_the_later_ones_aside(root, lat
     assert "overwritten-1" in result.err and "the order of data changes" in result.err
     assert checkpoints(root / "rewound") == ["checkpoint-2", "checkpoint-3"]
     aside = root / "rewound/out/overwritten-1"
+    assert content(aside / "best") == content(root / "one/out/best")
     assert content(aside / "checkpoint-4") == content(root / "one/out/checkpoint-4")
 
 

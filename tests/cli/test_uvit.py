@@ -16,8 +16,9 @@ import pytest
 from PIL import Image
 
 from latent_diffusion.weights import read_paddle
+from uvit_ldm.pretrained import read_pretrained
 
-from .commands import REPOSITORY, TINY, Command, run, run_all
+from .commands import REPOSITORY, TINY, Command, run, run_all, write_reference
 
 # Each as it was published.
 TRAINING = r"""
@@ -105,6 +106,7 @@ BAD = {
     "--learning_rte 1": "unknown argument '--learning_rte'",
     "--feature_path nowhere --model_max_length 7": "the feature folder nowhere/train does not exist; make it with",
     "--unet_config_file bad.json": "bad.json lacks the key 'patch_size'",
+    "--eval_steps 2 --model_max_length 7": "--eval_steps and --eval_reference belong together",
     "--model_max_length 77": "--model_max_length 77 contradicts config/uvit_t2i_small_deep.json",
 }
 
@@ -138,6 +140,7 @@ def mirror(tmp_path_factory, vae_folder, coco_clip_folder, clip_folder) -> Path:
     (folder / "config/uvit_t2i_small_deep.json").write_text(json.dumps(config))
     del config["patch_size"]
     (folder / "bad.json").write_text(json.dumps(config))
+    write_reference(folder / "reference.npz")
     # What an earlier run left.
     earlier = folder / "output_dir/uvit_t2i_small_deep/checkpoint-9"
     earlier.mkdir(parents=True)
@@ -160,7 +163,10 @@ def runs(mirror):
     def script(output_dir: str, workers: int) -> Command:
         settings = {"PYTHON": sys.executable, "OUTPUT_DIR": output_dir, "BATCH_SIZE": "4", "MAX_STEPS": "6"}
         settings |= {"NUM_WORKERS": str(workers), "SAVE_STEPS": "3", "LOGGING_STEPS": "1", "WARMUP_STEPS": "2"}
-        flags = shlex.split(f"{FAST} --image_logging_steps 2 --num_inference_steps 2 --validation_prompts 'the cat'")
+        flags = shlex.split(
+            f"{FAST} --image_logging_steps 2 --num_inference_steps 2 --validation_prompts 'the cat' --eval_steps 2 "
+            "--eval_samples 5 --eval_reference reference.npz --eval_extractor pixels"
+        )
         return Command([SCRIPT, *flags], mirror, "sh", settings)
 
     def export(added: str) -> Command:
@@ -259,6 +265,16 @@ def test_captioned_images_are_logged(mirror, runs, name, steps, prompts):
         drawn = [True] * prompts + [False] * (4 - prompts)
         assert [tile[:64].std() > 1 for tile in tiles] == drawn
         assert [tile[66:].min() < 64 for tile in tiles] == drawn  # letters below the image
+
+
+def test_the_best_weights_are_kept(mirror, runs):
+    """Samples of the captions of the val split, of which there are fewer."""
+    lines = [line for line in runs["one"].out.splitlines() if ": Frechet distance (pixels) of 5 samples " in line]
+    assert [line.split(":")[0] for line in lines] == ["step 2", "step 4", "step 6"]
+    best = mirror / "out_one/best"
+    found = json.loads((best / "evaluation.json").read_text())
+    assert f" {found['fid']:.5g}, the best so far" in lines[found["step"] // 2 - 1]
+    assert read_pretrained(best).config.num_text_tokens == 7
 
 
 TREE = """

@@ -3,7 +3,7 @@ from types import SimpleNamespace
 import numpy as np
 import paddle
 
-from latent_diffusion.callbacks import ImageLoggingCallback
+from latent_diffusion.callbacks import EvaluationCallback, ImageLoggingCallback
 from latent_diffusion.ema import EMA
 
 
@@ -18,6 +18,15 @@ class Writer:
 def step(callback, number, model):
     state = SimpleNamespace(global_step=number, is_world_process_zero=True)
     callback.on_step_end(None, state, None, model=model)
+
+
+def test_the_trainer_is_asked_to_evaluate_when_it_is_due():
+    callback, control = EvaluationCallback(lambda number: number == 5), SimpleNamespace(should_evaluate=False)
+    asked = []
+    for number in (4, 5, 6):
+        callback.on_step_end(None, SimpleNamespace(global_step=number), control)
+        asked.append(control.should_evaluate)
+    assert asked == [False, True, False]
 
 
 def test_images_are_drawn_with_the_averaged_weights():

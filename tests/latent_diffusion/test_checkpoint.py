@@ -1,3 +1,4 @@
+import json
 import random
 from pathlib import Path
 
@@ -168,3 +169,36 @@ def test_what_an_interrupted_save_left_is_removed(tmp_path):
     (partial / checkpoint.MODEL).touch()
     checkpoint.remove_partial(tmp_path)
     assert list(tmp_path.iterdir()) == [kept]
+
+
+def write_best(output_dir: Path, step: int) -> Path:
+    folder = output_dir / checkpoint.BEST
+    folder.mkdir(parents=True)
+    (folder / checkpoint.EVALUATION).write_text(json.dumps({"step": step, "fid": 1.5}))
+    return folder
+
+
+def test_the_best_weights_of_a_later_step_are_set_aside_and_others_are_not(tmp_path):
+    make_checkpoints(tmp_path, 2, 4)
+    best = write_best(tmp_path, 2)
+    folder = checkpoint.set_aside(tmp_path, after=2)
+    assert [path.name for path in folder.iterdir()] == ["checkpoint-4"] and best.is_dir()
+    folder = checkpoint.set_aside(tmp_path, after=1)
+    assert {path.name for path in folder.iterdir()} == {"checkpoint-2", "best"} and not best.exists()
+
+
+def test_the_best_weights_are_no_checkpoint(tmp_path):
+    best = write_best(tmp_path, 6)
+    (best / checkpoint.TRAINER_STATE).write_text("{}")
+    make_checkpoints(tmp_path, 2, 4)
+    checkpoint.remove_oldest(tmp_path, 1)
+    assert best.is_dir() and checkpoint.newest_checkpoint(tmp_path).name == "checkpoint-4"
+
+
+def test_what_is_known_of_the_best_weights(tmp_path):
+    assert checkpoint.read_best(tmp_path) is None
+    best = write_best(tmp_path, 6)
+    assert checkpoint.read_best(tmp_path) == {"step": 6, "fid": 1.5}
+    (best / checkpoint.EVALUATION).write_text('{"step": 6}')
+    with pytest.raises(InputError, match=r"best/evaluation\.json does not say how good .*; move the folder away"):
+        checkpoint.read_best(tmp_path)
