@@ -27,7 +27,8 @@ COMMANDS = {
         --do_train --config_file {CONFIG} --feature_path {DATA} --output_dir {TRAINING}
         --per_device_train_batch_size 32 --max_steps 3000 --learning_rate 2e-3 --lr_scheduler_type cosine
         --ema_decay 0.995 --ema_warmup --logging_steps 50 --save_steps 1500 --dataloader_num_workers 1
-        --vae_name_or_path {VAE} --image_logging_steps 600 --num_inference_steps 25 --seed 23""",
+        --vae_name_or_path {VAE} --image_logging_steps 600 --num_inference_steps 25 --seed 23
+        --eval_steps 1500 --eval_samples 300 --eval_reference {DATA}/images/val --eval_extractor digits-classifier""",
     "export the pipeline": f"""scripts/convert_dit_to_ppdiffusers.py
         --model_file {TRAINING} --vae_name_or_path {VAE} --output_path {PIPELINE} --id2label {LABELS}""",
 }
@@ -77,7 +78,9 @@ def _report() -> tuple[dict[str, str], dict[str, float]]:
     scalars = report.read_scalars(TRAINING, LOSSES)
     report.loss_plot(scalars, LOSSES, "DiT on handwritten digits", OUTPUT / "loss.png")
     judged, _ = report.judge_samples(images, labels, DATA / "images")
-    write_report(OUTPUT / "report.json", judged)
+    sets = report.set_figures(images, DATA / "images")
+    print(report.set_table(sets))
+    write_report(OUTPUT / "report.json", judged | {"sets": sets})
     figures = {
         "parameters": f"{report.count_parameters(TRAINING, fixed=('pos_embed',)) / 1e6:.2f} M",
         "training steps/s": f"{scalars['steps_per_second'].mean:.2f}",

@@ -172,7 +172,7 @@ def _as_coco(names: Iterable[str], captions: Iterable[list[str]]) -> dict:
 def parse_arguments() -> argparse.Namespace:
     parser = ArgumentParser(description=__doc__)
     parser.add_argument("--images-path", type=Path, required=True, help="folder to write the digits to")
-    parser.add_argument("--captions-file", type=Path, required=True, help="JSON file to write")
+    parser.add_argument("--captions-path", type=Path, required=True, help="folder to write captions_<split>.json to")
     return parser.parse_args()
 
 
@@ -180,7 +180,8 @@ def parse_arguments() -> argparse.Namespace:
 def main() -> None:
     arguments = parse_arguments()
     write_digit_folders(arguments.images_path)
-    write_captions(arguments.images_path / "train", arguments.captions_file)
+    for split in ("train", "val"):
+        write_captions(arguments.images_path / split, arguments.captions_path / f"captions_{split}.json")
     wordings, held_out = len(TRAINING.all()), len(HELD_OUT.all())
     print(f"captions in {wordings} wordings, as words and numerals; {held_out} more wordings are kept for the end")
 

@@ -8,6 +8,9 @@ import numpy as np
 from PIL import Image
 
 from latent_diffusion.checkpoint import MODEL, newest_checkpoint
+from latent_diffusion.evaluation import report as evaluation
+from latent_diffusion.evaluation.digits_classifier import DigitsClassifier
+from latent_diffusion.evaluation.side import side_of
 from latent_diffusion.images import image_grid
 from latent_diffusion.weights import read_paddle
 
@@ -100,3 +103,33 @@ def comparison(judged: dict[str, float]) -> dict[str, str]:
         "distance to nearest training image": f"{judged['sample_distance']:.3f}",
         "the same for held-out real digits": f"{judged['real_distance']:.3f}",
     }
+
+
+def set_figures(images: np.ndarray, digits: Path) -> dict[str, dict[str, float]]:
+    """The figures of `evaluate.py`, with the features of its digits classifier and the training digits as reference.
+
+    Returns:
+        Under "samples" those of the samples, uint8 `[N, H, W, 3]`, under "held_out" those of held-out real digits. Both
+        sets are of one size, since the figures depend on it: the smaller of the two, members drawn at random.
+    """
+    extractor = DigitsClassifier()
+    reference = side_of("training digits", extractor(load_folder(digits / "train")[0]))
+    sets = {"samples": images, "held_out": load_folder(digits / "val")[0]}
+    count = min(map(len, sets.values()))
+    rng = np.random.default_rng(0)
+    chosen = {name: rng.permutation(members)[:count] for name, members in sets.items()}
+    return {
+        name: evaluation.compare(reference, side_of(name, extractor(members)), extractor).figures | {"images": count}
+        for name, members in chosen.items()
+    }
+
+
+def set_table(figures: dict[str, dict[str, float]]) -> str:
+    """What `set_figures` found, in two columns."""
+    samples, held_out = figures["samples"], figures["held_out"]
+    names = evaluation.figure_names(DigitsClassifier.name)
+    rows = [(name, samples[key], held_out[key]) for key, name in names.items() if key in samples]
+    width = max(len(name) for name, _, _ in rows)
+    lines = [f"  {name:<{width}}  {ours:>8.3f}  {real:>8.3f}" for name, ours, real in rows]
+    title = f"\n  against the training digits, {samples['images']} images of each:"
+    return "\n".join([title, f"  {'':<{width}}  {'samples':>8}  held-out real digits", *lines])

@@ -8,6 +8,7 @@ import subprocess
 import sys
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 from latent_diffusion.errors import InputError
 
@@ -52,7 +53,7 @@ def print_table(figures: dict[str, str]) -> None:
     print()
 
 
-def write_report(path: Path, figures: dict[str, float]) -> None:
+def write_report(path: Path, figures: dict[str, Any]) -> None:
     """Writes the figures that were measured, unrounded."""
     path.write_text(json.dumps(figures, indent=2) + "\n")
 
