@@ -83,6 +83,50 @@ def batches(count: int, size: int) -> list[range]:
     return [range(start, min(start + size, count)) for start in range(0, count, size)]
 
 
+@dataclass(frozen=True)
+class Share:
+    """What a process of a run has to make.
+
+    Attributes:
+        rank: of the process.
+        absent: all numbers that were not there when the run began.
+        pending: the batches of this process with any of them.
+        note: says in a progress bar that this is a part.
+    """
+
+    rank: int
+    absent: set[int]
+    pending: list[range]
+    note: str
+
+
+def claim_share(
+    folder: Path, claim: Callable[[], None], list_absent: Callable[[], list[int]], count: int, batch_size: int
+) -> Share:
+    """Prepares a folder once and divides what it lacks among the processes of a run; all of them call it together.
+
+    Args:
+        folder: that is filled.
+        claim: makes the folder, or checks that it can be continued; called by the first process.
+        list_absent: numbers below `count` that are not there.
+        count: of all.
+        batch_size: of batches, which have the same members whatever is absent.
+
+    Raises:
+        InputError: the folder cannot be written, or what `claim` raises.
+    """
+    rank, world_size = distributed.start()
+    if rank == 0:
+        with preparing_folder(folder):
+            claim()
+    distributed.barrier()
+    absent = set(list_absent())
+    distributed.barrier()  # nobody writes before everybody has looked
+    own = batches(count, batch_size)[rank::world_size]
+    pending = [batch for batch in own if not absent.isdisjoint(batch)]
+    return Share(rank, absent, pending, "" if world_size == 1 else f" (share of one process of {world_size})")
+
+
 def write_packed(folder: Path, contents: Contents, work: Work) -> Extracted | None:
     """As `write_records`, in the packed layout; the records are in `<folder>.partial` until all are there.
 
@@ -110,20 +154,10 @@ def write_records(writer: RecordWriter, work: Work) -> Extracted | None:
     Raises:
         InputError: a member is unreadable, or the folder cannot be written or holds records with other contents.
     """
-    rank, world_size = distributed.start()
-    if rank == 0:
-        with preparing_folder(writer.folder):
-            writer.claim()
-    distributed.barrier()
-    absent = set(writer.absent())
-    distributed.barrier()  # nobody writes before everybody has looked
-
     records = writer.contents.records
-    own = batches(records, work.batch_size)[rank::world_size]
-    pending = [batch for batch in own if not absent.isdisjoint(batch)]
-    share = "" if world_size == 1 else f" (share of one process of {world_size})"
-    with progress(sum(map(len, pending)), f"extract{share}", writer.contents.unit) as bar:
-        for batch, members, readable in work.source.read_ahead(pending):
+    share = claim_share(writer.folder, writer.claim, writer.absent, records, work.batch_size)
+    with progress(sum(map(len, share.pending)), f"extract{share.note}", writer.contents.unit) as bar:
+        for batch, members, readable in work.source.read_ahead(share.pending):
             made = work.encode(members, batch)
             kept = [number for number, found in zip(batch, readable, strict=True) if found]
             writer.write(kept, made[readable], [work.labels[number] for number in kept])
@@ -131,11 +165,11 @@ def write_records(writer: RecordWriter, work: Work) -> Extracted | None:
 
     # After a restart one process may have hours of work left and another none.
     distributed.barrier(patience=math.inf)
-    if rank > 0:
+    if share.rank > 0:
         return None
     skipped = [work.source.skipped(number) for number in writer.absent()]
     writer.finish([*work.left_out, *skipped])
-    return Extracted(records - len(skipped), len(absent) - len(skipped), [*work.left_out, *skipped])
+    return Extracted(records - len(skipped), len(share.absent) - len(skipped), [*work.left_out, *skipped])
 
 
 def _finished(folder: Path, contents: Contents) -> Extracted:

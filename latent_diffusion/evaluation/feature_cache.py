@@ -15,8 +15,8 @@ import numpy as np
 
 from .. import distributed
 from ..errors import InputError
-from ..extraction import batches
-from ..files import preparing_folder, replace_file, write_json
+from ..extraction import claim_share
+from ..files import replace_file, write_json
 from ..progress import progress
 from ..row_files import allocate, write_rows
 from .extractor import Extractor
@@ -40,21 +40,12 @@ def extract(images: ImageSet, extractor: Extractor, cache: Path, batch_size: int
     Raises:
         InputError: an image cannot be read, features are not finite, or the cache cannot be written.
     """
-    rank, world_size = distributed.start()
     folder = FeatureCache(cache, images, extractor)
-    if rank == 0:
-        with preparing_folder(folder.path):
-            folder.prepare()
-    distributed.barrier()
-    missing = set(folder.missing())
-    distributed.barrier()  # nobody writes before everybody has looked
-
-    own = batches(images.count, batch_size)[rank::world_size]
-    pending = [batch for batch in own if not missing.isdisjoint(batch)]
-    share = "" if world_size == 1 else f" (share of one process of {world_size})"
-    if missing:
-        with progress(sum(map(len, pending)), f"{extractor.name} features of {images.path}{share}", "image") as bar:
-            for batch, pixels in images.read_ahead(pending):
+    share = claim_share(folder.path, folder.prepare, folder.missing, images.count, batch_size)
+    if share.absent:
+        name = f"{extractor.name} features of {images.path}{share.note}"
+        with progress(sum(map(len, share.pending)), name, "image") as bar:
+            for batch, pixels in images.read_ahead(share.pending):
                 folder.write(batch, _finite(extractor(pixels), batch, images))
                 bar.update(len(batch))
         # After a restart one process may have much work left and another none.

@@ -20,7 +20,7 @@ from latent_diffusion.packed import PackedWriter, is_packed
 from latent_diffusion.vae import encode_moments, load_vae, sample_moments
 
 CONFIG = DiTConfig(8, 2, 4, 1, 2, 8, num_classes=2)
-WRITES = {"files": "write_file", "packed": "_write_rows"}
+WRITES = {"files": "write_file", "packed": "write_rows"}
 TINY_VAE = Path(__file__).parents[1] / "data" / "vae" / "vae_tiny"
 
 
@@ -105,8 +105,8 @@ def interrupt_after(monkeypatch, module, function: str, calls: int) -> None:
     ("layout", "module", "function", "calls"),
     [("files", feature_files, "write_file", calls) for calls in (1, 2, 3, 6, 9)]
     + [("files", Path, "replace", 4)]
-    + [("packed", packed, "_allocate", calls) for calls in (0, 1, 2)]
-    + [("packed", packed, "_write_rows", calls) for calls in (0, 1, 2, 5)]
+    + [("packed", packed, "allocate", calls) for calls in (0, 1, 2)]
+    + [("packed", packed, "write_rows", calls) for calls in (0, 1, 2, 5)]
     + [("packed", packed, "file_sha256", 1), ("packed", extraction, "publish_folder", 0)],
 )
 def test_an_interrupted_extraction_continues_to_the_same_files(
@@ -153,7 +153,7 @@ def test_other_settings_on_the_same_folder_are_refused(extract, tmp_path, change
 def test_other_settings_on_packed_features_are_refused(extract, tmp_path, monkeypatch, finished):
     with monkeypatch.context() as patch:
         if not finished:
-            interrupt_after(patch, packed, "_write_rows", 2)
+            interrupt_after(patch, packed, "write_rows", 2)
         with contextlib.suppress(KeyboardInterrupt):
             extract(tmp_path / "features", layout="packed")
     before = content(tmp_path)

@@ -144,8 +144,8 @@ def interrupt_after(monkeypatch, module, function: str, calls: int) -> None:
     [("files", feature_files, "write_file", calls) for calls in (0, 1, 3, 4, 6)]
     + [("files", Path, "replace", calls) for calls in (0, 1, 5, 6, 8)]
     + [("files", array_files, "update", calls) for calls in (1, 5)]
-    + [("packed", packed, "_allocate", calls) for calls in (0, 1, 3)]
-    + [("packed", packed, "_write_rows", calls) for calls in (0, 1, 3, 7)]
+    + [("packed", packed, "allocate", calls) for calls in (0, 1, 3)]
+    + [("packed", packed, "write_rows", calls) for calls in (0, 1, 3, 7)]
     + [("packed", extraction, "publish_folder", calls) for calls in (0, 1)],
 )
 def test_an_interrupted_extraction_continues_to_the_same_files(
