@@ -1,14 +1,13 @@
 """Weights from the official layout to pipelines and back, and what PyTorch's own libraries make of them."""
 
 import json
-import os
-import subprocess
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from latent_diffusion.weights import read_torch, write_paddle
+from tests.peer import needs_peer, run_peer
 
 from ..conftest import DATA
 from .commands import CONVERT, REPOSITORY, Command, run, run_all
@@ -112,21 +111,12 @@ print(json.dumps(same))
 """
 
 
-@pytest.mark.skipif("PEER_PYTHON" not in os.environ, reason="PEER_PYTHON names no interpreter with torch and diffusers")
+@needs_peer
 def test_pytorch_and_diffusers_take_what_is_written(converted, golden):
     """The expected output is that of the weights with diffusers' frequencies, computed with the official code."""
     folder = converted[0]
-    environment = {"PATH": os.environ["PATH"], "HOME": str(folder), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        [os.environ["PEER_PYTHON"], "-c", RUN_PEER, str(DATA / "official.pt"), str(DATA / "forward.npz")],
-        cwd=folder,
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=180,
-    )
-    assert done.returncode == 0, done.stderr
-    assert json.loads(done.stdout.splitlines()[-1]) == [True] * 4
+    output = run_peer(folder, "-c", RUN_PEER, str(DATA / "official.pt"), str(DATA / "forward.npz"))
+    assert json.loads(output.splitlines()[-1]) == [True] * 4
     with np.load(Path(folder) / "peer.npz") as found:
         assert np.abs(found["out"] - golden("forward_time127")["out"]).max() <= 1e-4
         assert found["images"].shape == (2, 64, 64, 3) and np.isfinite(found["images"]).all()

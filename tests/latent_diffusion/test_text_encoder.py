@@ -1,8 +1,6 @@
 import json
-import os
 import pickle
 import shutil
-import subprocess
 
 import numpy as np
 import paddle
@@ -12,6 +10,7 @@ from latent_diffusion import hub
 from latent_diffusion.errors import InputError
 from latent_diffusion.text_encoder import TextEncoder, load_text_encoder, load_tokenizer
 from latent_diffusion.weights import read_paddle, transpose_linear, write_paddle, write_safetensors, write_torch
+from tests.peer import needs_peer, run_peer
 
 LENGTH, WIDTH = 12, 16
 TEXTS = ["the digit three", "", "A Photo, of 12 cats! it's a caption that is long enough to be cut off", "th"]
@@ -279,7 +278,7 @@ whole.save_pretrained("whole")
 """
 
 
-@pytest.mark.skipif("PEER_PYTHON" not in os.environ, reason="PEER_PYTHON names no interpreter with transformers")
+@needs_peer
 @pytest.mark.parametrize("activation", ["quick_gelu", "gelu"])
 def test_a_folder_of_transformers_computes_what_transformers_does(folder, activation):
     config = json.loads((folder / "config.json").read_text())
@@ -287,16 +286,7 @@ def test_a_folder_of_transformers_computes_what_transformers_does(folder, activa
     settings = {name: config[name] for name in (*names, "max_position_embeddings", "layer_norm_eps")}
     numbers = {"bos_token_id": config["vocab_size"] - 2, "eos_token_id": config["vocab_size"] - 1}
     arguments = json.dumps([settings | numbers | {"hidden_act": activation}, TEXTS])
-    environment = {"PATH": os.environ["PATH"], "HOME": str(folder), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        [os.environ["PEER_PYTHON"], "-c", RUN_PEER, arguments],
-        cwd=folder,
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=180,
-    )
-    assert done.returncode == 0, done.stderr
+    run_peer(folder, "-c", RUN_PEER, arguments)
     with np.load(folder / "peer.npz") as file:
         tokens, contexts = file["tokens"], file["contexts"]
     for kind in ("safetensors", "bin", "whole"):

@@ -28,6 +28,7 @@ from latent_diffusion.weights import (
     write_safetensors,
     write_torch,
 )
+from tests.peer import needs_peer, run_peer
 
 DATA = Path(__file__).parents[1] / "data" / "dit"
 
@@ -219,9 +220,9 @@ for name, new in (("new.pth", True), ("old.pth", False)):
 """
 
 
-@pytest.mark.skipif("PEER_PYTHON" not in os.environ, reason="PEER_PYTHON names no interpreter with torch")
+@needs_peer
 def test_pytorch_before_1_6_and_after_give_the_same(tmp_path):
-    subprocess.run([os.environ["PEER_PYTHON"], "-c", SAVE_OLD], cwd=tmp_path, check=True)
+    run_peer(tmp_path, "-c", SAVE_OLD)
     assert same(read_weights(tmp_path / "old.pth"), read_weights(tmp_path / "new.pth"))
 
 

@@ -1,7 +1,5 @@
 import json
-import os
 import shutil
-import subprocess
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +9,7 @@ import pytest
 from latent_diffusion.errors import InputError
 from latent_diffusion.evaluation.clip_score import CLIPScorer
 from latent_diffusion.weights import read_safetensors, transpose_linear, write_paddle, write_safetensors, write_torch
+from tests.peer import needs_peer, run_peer
 
 # tests/data/clip/peer.npz holds what RUN_PEER computed with transformers 4.48.
 PEER = Path(__file__).parents[2] / "data" / "clip" / "peer.npz"
@@ -323,20 +322,11 @@ with torch.no_grad():
 """
 
 
-@pytest.mark.skipif("PEER_PYTHON" not in os.environ, reason="PEER_PYTHON names no interpreter with transformers")
+@needs_peer
 def test_the_reference_is_what_transformers_computes(clip, images, peer, tmp_path):
     np.save(tmp_path / "images.npy", images)
     arguments = json.dumps([str(clip), str(tmp_path / "images.npy"), TEXTS, LENGTH])
-    environment = {"PATH": os.environ["PATH"], "HOME": str(tmp_path), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        [os.environ["PEER_PYTHON"], "-c", RUN_PEER, arguments],
-        cwd=tmp_path,
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=180,
-    )
-    assert done.returncode == 0, done.stderr
+    run_peer(tmp_path, "-c", RUN_PEER, arguments)
     with np.load(tmp_path / "peer.npz") as file:
         for name, expected in peer.items():
             np.testing.assert_allclose(file[name], expected, atol=1e-6, err_msg=name)

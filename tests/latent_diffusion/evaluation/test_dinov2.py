@@ -1,6 +1,4 @@
 import json
-import os
-import subprocess
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +15,7 @@ from latent_diffusion.evaluation.dinov2 import (
 )
 from latent_diffusion.evaluation.extractors import make_extractor
 from latent_diffusion.weights import write_safetensors, write_torch
+from tests.peer import needs_peer, run_peer
 
 # tests/data/dinov2/peer.npz holds what RUN_PEER computed with transformers 4.48 and torch 2.13.
 PEER = Path(__file__).parents[2] / "data" / "dinov2" / "peer.npz"
@@ -290,7 +289,7 @@ np.savez("peer.npz", **found)
 """
 
 
-@pytest.mark.skipif("PEER_PYTHON" not in os.environ, reason="PEER_PYTHON names no interpreter with transformers")
+@needs_peer
 def test_the_reference_is_what_transformers_and_torch_compute(images, peer, tmp_path):
     for kind in KINDS:
         write_safetensors(tmp_path / f"{kind}.safetensors", in_transformers(official_weights(kind)))
@@ -303,16 +302,7 @@ def test_the_reference_is_what_transformers_and_torch_compute(images, peer, tmp_
         "image_size": 224,
         "patch_size": 14,
     }
-    environment = {"PATH": os.environ["PATH"], "HOME": str(tmp_path), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        [os.environ["PEER_PYTHON"], "-c", RUN_PEER, json.dumps([settings, MEAN.tolist(), STD.tolist()])],
-        cwd=tmp_path,
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=180,
-    )
-    assert done.returncode == 0, done.stderr
+    run_peer(tmp_path, "-c", RUN_PEER, json.dumps([settings, MEAN.tolist(), STD.tolist()]))
     with np.load(tmp_path / "peer.npz") as file:
         assert set(file) == set(peer)
         for name, expected in peer.items():

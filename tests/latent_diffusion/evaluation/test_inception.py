@@ -1,6 +1,4 @@
 import math
-import os
-import subprocess
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +16,7 @@ from latent_diffusion.evaluation.inception import (
     resized,
 )
 from latent_diffusion.weights import transpose_linear, write_safetensors, write_torch
+from tests.peer import needs_peer, run_peer
 
 REPOSITORY = Path(__file__).parents[3]
 PEER_SCRIPT = REPOSITORY / "benchmarks" / "inception_torch.py"
@@ -114,13 +113,11 @@ def test_every_layer_gives_the_stored_values(layers):
         assert np.abs(summary(values) - expected[name]).max() < TOLERANCE * np.abs(expected[name]).max(), name
 
 
-@pytest.mark.skipif("PEER_PYTHON" not in os.environ, reason="PEER_PYTHON names no interpreter with torch")
+@needs_peer
 def test_every_layer_gives_what_pytorch_computes(layers, weights, images, tmp_path):
     np.savez(tmp_path / "weights.npz", **weights)
     np.save(tmp_path / "images.npy", images)
-    arguments = [PEER_SCRIPT, "layers", "weights.npz", "images.npy", "peer.npz"]
-    done = subprocess.run([os.environ["PEER_PYTHON"], *arguments], cwd=tmp_path, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    run_peer(tmp_path, str(PEER_SCRIPT), "layers", "weights.npz", "images.npy", "peer.npz")
     with np.load(REFERENCE) as stored, np.load(tmp_path / "peer.npz") as peer:
         assert sorted(layers) == sorted(peer.files)
         for name in peer.files:
