@@ -20,19 +20,25 @@ CROPS = ("adm", "uvit")
 
 def parse_arguments() -> argparse.Namespace:
     parser = ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser.add_config()
     add = parser.add_argument
     add("--reference", type=Path, required=True, help="real images, or their statistics")
     add("--samples", type=Path, help="generated images, or their statistics")
     add_extractor_arguments(parser)
     add("--clip", help="a CLIP model, a folder or a name on the hub: adds the CLIP score of the samples for --prompts")
-    add("--prompts", type=Path, help="text file with the prompt of each sample, one a line, in the samples' order")
+    add(
+        "--prompts",
+        type=Path,
+        help="text file with the prompt of each sample, one a line, in the order of the files' "
+        "names (as numbers where all are numbers)",
+    )
     add("--image-size", type=at_least(8), help="bring all images to this many pixels; without it they stay as they are")
     add("--crop", choices=CROPS, default="adm", help="how --image-size crops: as for DiT's features or for U-ViT's")
     add("--batch-size", type=at_least(1), default=32, help="images that a process takes at a time")
     add("--num-workers", type=at_least(1), default=4, help="threads that decode images")
     add("--cache", type=Path, default=Path("evaluation_cache"), help="folder where features are kept")
     add("--save-statistics", type=Path, metavar="NPZ", help="write the reference's statistics into this file")
-    add("--output", type=Path, metavar="JSON", help="without it <samples>.evaluation.json")
+    add("--output", type=Path, metavar="JSON", help="without it <samples>.<extractor>.json")
     add("--device", choices=["cpu", "gpu"], help="without it the GPU if there is one")
     return parser.parse_args()
 
@@ -45,11 +51,26 @@ def check(arguments: argparse.Namespace) -> None:
         raise InputError("--clip and --prompts belong together: the CLIP score compares each sample with its prompt")
     if arguments.clip is not None and arguments.samples is None:
         raise InputError("--clip needs --samples")
-    if arguments.save_statistics is not None and arguments.save_statistics.suffix != ".npz":
-        raise InputError(f"--save-statistics {arguments.save_statistics} must end in .npz")
-    for path in filter(None, (arguments.reference, arguments.samples, arguments.prompts)):
+    inputs = list(filter(None, (arguments.reference, arguments.samples, arguments.prompts, arguments.weights)))
+    for path in inputs:
         if not path.exists():
             raise InputError(f"{path} does not exist")
+    for flag, path, suffix in (
+        ("--save-statistics", arguments.save_statistics, ".npz"),
+        ("--output", arguments.output, ".json"),
+    ):
+        if path is not None and (path.suffix != suffix or path.is_dir()):
+            raise InputError(f"{flag} {path} must be the name of a file that ends in {suffix}")
+        if path is not None and path.resolve() in [other.resolve() for other in inputs]:
+            raise InputError(f"{flag} {path} would replace what it is computed from; give another name")
+
+
+def output_file(arguments: argparse.Namespace) -> Path:
+    """Where the figures are written."""
+    if arguments.output is not None:
+        return arguments.output
+    samples = arguments.samples if arguments.samples.name not in ("", "..") else arguments.samples.resolve()
+    return samples.with_name(f"{samples.name.removesuffix('.npz')}.{arguments.extractor}.json")
 
 
 @command
@@ -62,6 +83,7 @@ def main() -> None:
     from latent_diffusion import device, distributed
     from latent_diffusion.evaluation import report
     from latent_diffusion.evaluation.extractors import make_extractor
+    from latent_diffusion.evaluation.feature_cache import extract
     from latent_diffusion.evaluation.side import FeatureWork, open_side, save_statistics
 
     device.select(arguments.device)
@@ -70,7 +92,11 @@ def main() -> None:
     work = FeatureWork(arguments.cache, arguments.batch_size, arguments.num_workers, crop_to(arguments))
     reference = open_side(arguments.reference, extractor, work)
     samples = open_side(arguments.samples, extractor, work) if arguments.samples else None
-    clip_score = mean_clip_score(arguments, work, samples) if arguments.clip else None
+    scorer, prompts = open_clip(arguments, samples) if arguments.clip else (None, [])
+    # What can be wrong with either side has been said; now comes the work.
+    for side in filter(None, (reference, samples)):
+        side.extract()
+    embeddings = extract(samples.images, scorer, work.cache, work.batch_size)["features"] if scorer else None
     if rank > 0:  # rank 0 computes and reports for all
         return
     if arguments.save_statistics:
@@ -79,12 +105,12 @@ def main() -> None:
     if samples is None:
         return
     found = report.compare(reference, samples, extractor)
-    if clip_score is not None:
-        found.figures["clip_score"] = clip_score
-    print(report.table(found, extractor))
+    if scorer:
+        found.figures["clip_score"] = float(scorer.score(embeddings, prompts).mean())
+    print(report.table(found, reference, samples, extractor))
     for note in report.notes(reference, samples, extractor):
         print(f"note: {note}", file=sys.stderr)
-    output = arguments.output or arguments.samples.with_name(f"{arguments.samples.stem}.evaluation.json")
+    output = output_file(arguments)
     report.write(output, found, reference, samples, extractor)
     print(f"wrote {output}")
 
@@ -98,14 +124,13 @@ def crop_to(arguments: argparse.Namespace):
     return arguments.image_size, {"adm": center_crop, "uvit": crop_then_resize}[arguments.crop]
 
 
-def mean_clip_score(arguments: argparse.Namespace, work, samples) -> float:
-    """Mean over the samples, each with its prompt; all processes of a run call it.
+def open_clip(arguments: argparse.Namespace, samples) -> tuple:
+    """The scorer of `--clip` and the prompts of the samples.
 
     Raises:
         InputError: the CLIP or the prompts cannot be read, or there are no images or not as many prompts.
     """
     from latent_diffusion.evaluation.clip_score import CLIPScorer
-    from latent_diffusion.evaluation.feature_cache import extract
     from latent_diffusion.files import read_lines
 
     if samples.images is None:
@@ -116,9 +141,7 @@ def mean_clip_score(arguments: argparse.Namespace, work, samples) -> float:
             f"{arguments.prompts} has {len(prompts)} lines and {samples.name} {samples.images.count} images; write the "
             "prompt of each image in a line, in the images' order"
         )
-    scorer = CLIPScorer.load(str(arguments.clip))
-    embeddings = extract(samples.images, scorer, work.cache, work.batch_size)["features"]
-    return float(scorer.score(embeddings, prompts).mean())
+    return CLIPScorer.load(arguments.clip), prompts
 
 
 if __name__ == "__main__":

@@ -4,9 +4,9 @@ from typing import Any
 
 from latent_diffusion.evaluation.training import SampleMaker
 from latent_diffusion.images import center_crop
-from latent_diffusion.vae import check_channels, check_downsampling, load_vae
+from latent_diffusion.vae import vae_settings
 
-from .configuration import VAE_DOWNSAMPLING, DiTConfig
+from .configuration import DiTConfig
 from .image_sampling import ImageSampler
 from .sampling import make_sampler
 
@@ -19,7 +19,7 @@ def make_sample_maker(config: DiTConfig, vae: Any, steps: int) -> SampleMaker:
 
     Args:
         config: of the networks that are evaluated.
-        vae: from `load_fitting_vae`.
+        vae: of their latents.
         steps: calls of the network for an image.
 
     Raises:
@@ -28,18 +28,6 @@ def make_sample_maker(config: DiTConfig, vae: Any, steps: int) -> SampleMaker:
     sampler = make_sampler("ddim", steps)
     return SampleMaker(
         lambda model, seed, indices: ImageSampler(model, vae, sampler, GUIDANCE_SCALE).draw_samples(seed, indices),
-        steps,
+        {"sampling_steps": steps} | vae_settings(vae),
         (config.resolution, center_crop),
     )
-
-
-def load_fitting_vae(name: str, config: DiTConfig) -> Any:
-    """The VAE called `name`, see `load_vae`.
-
-    Raises:
-        InputError: it cannot be had, or its latents are not those of the configuration.
-    """
-    vae = load_vae(name)
-    check_channels(vae, name, config.in_channels)
-    check_downsampling(vae, name, VAE_DOWNSAMPLING)
-    return vae

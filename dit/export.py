@@ -8,10 +8,10 @@ import paddle
 
 from latent_diffusion.errors import InputError
 from latent_diffusion.files import new_folder, write_json
-from latent_diffusion.vae import check_channels, check_downsampling, load_vae
+from latent_diffusion.vae import load_fitting_vae
 from latent_diffusion.weights import transpose_linear, write_safetensors
 
-from .configuration import VAE_DOWNSAMPLING, DiTConfig
+from .configuration import DiTConfig
 from .modeling import DiT
 from .transformer2d import CONVENTION_KEY, PIPELINE_NULL_CLASS, to_transformer, transformer_arguments
 
@@ -74,9 +74,7 @@ def export_pipeline(
 
     if exact and library == "diffusers":
         raise InputError("diffusers has no transformer with the official timestep frequencies; leave out --exact")
-    vae = load_vae(vae_name_or_path)
-    check_channels(vae, vae_name_or_path, model.config.in_channels)
-    check_downsampling(vae, vae_name_or_path, VAE_DOWNSAMPLING)
+    vae = load_fitting_vae(vae_name_or_path, model.config.in_channels)
     transformer = to_ppdiffusers(model, exact)
     transformer.register_to_config(**{CONVENTION_KEY: model.config.timestep_convention})
     # No variance type: the pipeline hands over the noise alone, and DPM-Solver would cut a learned variance off it.

@@ -11,9 +11,8 @@ import paddle
 from latent_diffusion.guidance import ALL_STEPS
 from latent_diffusion.sampling import sample_generators
 from latent_diffusion.sampling_arguments import amp_dtype
-from latent_diffusion.vae import check_channels, check_downsampling, decode_latents, load_vae
+from latent_diffusion.vae import decode_latents, load_fitting_vae
 
-from .configuration import VAE_DOWNSAMPLING
 from .modeling import DiT
 from .pretrained import load_dit
 from .sampling import Sampler, make_sampler, sample_latents
@@ -104,13 +103,11 @@ def load_networks(arguments: argparse.Namespace) -> tuple[DiT, Any]:
         InputError: something is not there, cannot be read, or contradicts another flag.
     """
     source = find_checkpoint(arguments)
-    vae = load_vae(arguments.vae)
-    if arguments.sd_scale_factor:
-        vae.register_to_config(scaling_factor=arguments.sd_scale_factor)
     model = load_dit(source, config_file(arguments), arguments.use_ema)
     check_config(arguments, model.config, source)
-    check_channels(vae, arguments.vae, model.config.in_channels)
-    check_downsampling(vae, arguments.vae, VAE_DOWNSAMPLING)
+    vae = load_fitting_vae(arguments.vae, model.config.in_channels)
+    if arguments.sd_scale_factor:
+        vae.register_to_config(scaling_factor=arguments.sd_scale_factor)
     if arguments.enable_flash_attention:
         model.enable_xformers_memory_efficient_attention()
     return model, vae

@@ -23,10 +23,10 @@ from latent_diffusion.experiment import Log, find_checkpoint, new_experiment
 from latent_diffusion.features import FeatureStore, StreamBatchSampler, TrainingLoader, TrainingStream
 from latent_diffusion.meter import Meter
 from latent_diffusion.optimizers import adamw, constant_with_warmup
-from latent_diffusion.vae import encode_latents
+from latent_diffusion.vae import encode_latents, load_fitting_vae
 
 from .configuration import DiTConfig
-from .evaluation import load_fitting_vae, make_sample_maker
+from .evaluation import make_sample_maker
 from .features import open_features
 from .images import ImageStore
 from .modeling import DiT
@@ -70,7 +70,7 @@ def train(args: Namespace) -> None:
 
     # What is compared with a reference now and then, and keeps the best weights.
     def make_maker() -> SampleMaker:
-        decoder = vae or load_fitting_vae(args.vae, model.config)
+        decoder = vae or load_fitting_vae(args.vae, model.config.in_channels)
         return make_sample_maker(model.config, decoder, EVALUATION_SAMPLING_STEPS)
 
     evaluation = open_evaluation(eval_flags, make_maker, args.results_dir)
@@ -132,6 +132,12 @@ def train(args: Namespace) -> None:
                 raise not_finite("the loss", step, folder)
             if log:
                 log.step(step, steps, values)
+        # Before the checkpoint of the same step: what an interruption loses is made again.
+        if evaluation and evaluation.due(step, steps):
+            with meter.paused():
+                found = evaluation.run(step, model, ema)
+            if log:
+                log.evaluation(step, found)
         if step % args.ckpt_every == 0 or step == steps:
             if not checkpoint.all_finite(model):
                 raise not_finite("a weight", step, folder)
@@ -144,10 +150,6 @@ def train(args: Namespace) -> None:
             checkpoint.save(folder / f"checkpoint-{step}", write)
             if log:
                 log.line(f"wrote {folder / f'checkpoint-{step}'}")
-        if evaluation and evaluation.due(step):
-            found = evaluation.run(step, model, ema)
-            if log:
-                log.evaluation(step, found)
     bar.close()
     if log:
         log.close()
@@ -173,7 +175,7 @@ def open_data(args: Namespace, config: DiTConfig) -> tuple[FeatureStore, paddle.
     """The samples, and the VAE that encodes them where they are images."""
     if args.data_path is None:
         return open_features(args.feature_path, config, args.use_flip), None
-    return ImageStore(args.data_path, config), load_fitting_vae(args.vae, config)
+    return ImageStore(args.data_path, config), load_fitting_vae(args.vae, config.in_channels)
 
 
 def open_folder(args: Namespace, name: str, resumed: Path | None, first: int) -> Path:
@@ -182,8 +184,8 @@ def open_folder(args: Namespace, name: str, resumed: Path | None, first: int) ->
         return new_experiment(args.results_dir, name)
     folder = resumed.parent if resumed.name not in ("", "..") else resumed.resolve().parent
     checkpoint.remove_partial(folder)
-    if aside := checkpoint.set_aside(folder, after=first):
-        print(f"note: checkpoints of later steps were moved to {aside}", file=sys.stderr)
+    if note := checkpoint.set_aside(folder, after=first):
+        print(f"note: {note}", file=sys.stderr)
     return folder
 
 

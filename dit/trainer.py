@@ -12,11 +12,11 @@ from latent_diffusion.images import image_grid
 from latent_diffusion.objectives import Denoiser
 from latent_diffusion.trainer import LatentDiffusionTrainer, run_training
 from latent_diffusion.training_arguments import SuiteArguments, SuiteTrainingArguments
-from latent_diffusion.vae import decode_latents, load_vae_for_images
+from latent_diffusion.vae import decode_latents, load_fitting_vae, load_vae_for_images
 
 from .classes import spread_classes
 from .configuration import DiTConfig
-from .evaluation import load_fitting_vae, make_sample_maker
+from .evaluation import make_sample_maker
 from .features import open_features
 from .modeling import DiT
 from .objective import make_objective
@@ -105,7 +105,7 @@ def _sample_maker(config: DiTConfig, dit_args: DiTArguments) -> SampleMaker:
     Raises:
         InputError: the VAE cannot be had.
     """
-    vae = load_fitting_vae(dit_args.vae_name_or_path, config)
+    vae = load_fitting_vae(dit_args.vae_name_or_path, config.in_channels)
     return make_sample_maker(config, vae, dit_args.num_inference_steps)
 
 

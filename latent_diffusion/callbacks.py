@@ -99,13 +99,13 @@ class ProgressCallback(TrainerCallback):
 
 
 class EvaluationCallback(TrainerCallback):
-    """Has the Trainer evaluate after every step that `due(step)` says."""
+    """Has the Trainer evaluate after every step that `due(step, last_step)` says."""
 
-    def __init__(self, due: Callable[[int], bool]):
+    def __init__(self, due: Callable[[int, int], bool]):
         self.due = due
 
     def on_step_end(self, args, state, control, **kwargs):
-        control.should_evaluate = self.due(state.global_step)
+        control.should_evaluate = self.due(state.global_step, state.max_steps)
 
 
 class ImageLoggingCallback(TrainerCallback):

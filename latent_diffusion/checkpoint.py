@@ -10,6 +10,7 @@ A folder of such a name is complete: it is written under another name and rename
 anything from the files.
 """
 
+import itertools
 import json
 import random
 import re
@@ -63,29 +64,31 @@ def remove_oldest(output_dir: Path, keep: int | None) -> None:
             shutil.rmtree(path)
 
 
-def set_aside(output_dir: Path, after: int = -1) -> Path | None:
+def set_aside(output_dir: Path, after: int = -1) -> str | None:
     """Moves what is of steps beyond `after` to a folder of its own, so that a new run's cannot mix with it.
 
     Checkpoints, and the best weights.
 
     Returns:
-        The folder, `output_dir/overwritten-N`, or None when there were none.
+        A sentence about what was moved to `output_dir/overwritten-N`, or None when there was nothing to move.
 
     Raises:
         InputError: the best weights do not say of which step they are.
     """
-    earlier = [path for path in checkpoints(output_dir) if _step(path) > after]
     best = read_best(output_dir)
-    if best is not None and best["step"] > after:
-        earlier.append(output_dir / BEST)
-    if not earlier:
+    kinds = {
+        "checkpoints": [path for path in checkpoints(output_dir) if _step(path) > after],
+        f"the best weights ({BEST})": [output_dir / BEST] if best is not None and best["step"] > after else [],
+    }
+    found = [name for name, paths in kinds.items() if paths]
+    if not found:
         return None
     numbers = [int(path.name.removeprefix("overwritten-")) for path in output_dir.glob("overwritten-[0-9]*")]
     folder = output_dir / f"overwritten-{max(numbers, default=0) + 1}"
     folder.mkdir()
-    for path in earlier:
+    for path in itertools.chain.from_iterable(kinds.values()):
         path.rename(folder / path.name)
-    return folder
+    return f"{' and '.join(found)} of an earlier run were moved to {folder}"
 
 
 def read_best(output_dir: Path) -> dict | None:

@@ -44,13 +44,17 @@ def list_image_folder(root: Path) -> tuple[list[Path], list[int], list[str]]:
 
 
 def images_below(folder: Path) -> list[Path]:
-    """Images in a folder at any depth, by folder and then by name; links to folders are followed."""
-    return [
-        Path(parent, name)
-        for parent, _, names in sorted(os.walk(folder, followlinks=True))
-        for name in sorted(names)
-        if name.lower().endswith(EXTENSIONS)
-    ]
+    """Images in a folder at any depth, by folder and then by name; links to folders are followed, unless in circles."""
+    found = []
+    for parent, folders, names in os.walk(folder, followlinks=True):
+        folders[:] = [name for name in folders if not _leads_back(Path(parent, name))]
+        found.append((parent, sorted(name for name in names if name.lower().endswith(EXTENSIONS))))
+    return [Path(parent, name) for parent, names in sorted(found) for name in names]
+
+
+def _leads_back(path: Path) -> bool:
+    """Whether a folder is a link to one that it lies in."""
+    return path.is_symlink() and path.parent.resolve().is_relative_to(path.resolve())
 
 
 def center_crop(image: Image.Image, size: int) -> np.ndarray:

@@ -15,6 +15,7 @@ from .guidance import ALL_STEPS
 from .pretrained import checksum
 from .progress import progress
 from .sample_folder import SampleFolder
+from .vae import vae_settings
 
 
 class ImageSampler(Protocol):
@@ -58,13 +59,18 @@ def settings(sampler: ImageSampler, seed: int, batch_size: int) -> dict[str, Any
     """What the images of a folder are a function of, as plain values; weights by their checksums."""
     # Only where it is not the default: folders from before there was one can be continued.
     interval = {} if sampler.guidance_interval == ALL_STEPS else {"guidance_interval": [*sampler.guidance_interval]}
-    return interval | {
-        "model": checksum(sampler.model),
-        "vae": checksum(sampler.vae),
-        "scaling_factor": sampler.vae.config.scaling_factor,
+    way = {
         "sampler": sampler.sampler.name,
         "num_sampling_steps": sampler.sampler.steps,
         "cfg_scale": sampler.guidance_scale,
+    }
+    return common_settings(sampler, seed, batch_size) | way | interval
+
+
+def common_settings(sampler: ImageSampler, seed: int, batch_size: int) -> dict[str, Any]:
+    """The part of `settings` that is the same for all ways to sample."""
+    return vae_settings(sampler.vae) | {
+        "model": checksum(sampler.model),
         "amp_dtype": sampler.amp_dtype,
         "seed": seed,
         "batch_size": batch_size,

@@ -1,6 +1,8 @@
 """What training measures between two log lines: mean losses over steps and processes, and rates."""
 
+import contextlib
 import time
+from collections.abc import Iterator
 
 import paddle
 
@@ -22,6 +24,15 @@ class Meter:
         self._sums: dict[str, paddle.Tensor] = {}
         self._batches = 0
         self._since = time.perf_counter()
+
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        """Around what is no training: the clock does not run."""
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            self._since += time.perf_counter() - start
 
     def add(self, terms: dict[str, paddle.Tensor]) -> None:
         """Adds the mean loss terms, scalars, of one micro-batch. They stay on the device: nothing waits for them."""

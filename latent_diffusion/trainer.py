@@ -77,7 +77,7 @@ class LatentDiffusionTrainer(Trainer):
             return
         for callback in self.callback_handler.callbacks:
             if isinstance(callback, VisualDLCallback):
-                self.add_callback(ImageLoggingCallback(draw, every, self.ema, callback))
+                self.add_callback(ImageLoggingCallback(self._meter.paused()(draw), every, self.ema, callback))
                 return
 
     def evaluate_with(self, evaluation: TrainingEvaluation) -> None:
@@ -94,8 +94,12 @@ class LatentDiffusionTrainer(Trainer):
         self.add_callback(EvaluationCallback(evaluation.due))
 
     def evaluate(self, *args, **kwargs) -> None:
-        """What PaddleNLP calls where a callback asks for it: its own loop over a dataset makes no images."""
-        found = self._evaluation.run(self.state.global_step, self.model, self.ema)
+        """What PaddleNLP calls where a callback asks for it: its own loop over a dataset makes no images.
+
+        It does so before it saves a checkpoint of the same step: what an interruption loses is made again.
+        """
+        with self._meter.paused():
+            found = self._evaluation.run(self.state.global_step, self.model, self.ema)
         self.control.should_evaluate = False  # it would be asked for again at the end of an epoch
         if found is None:
             return
@@ -318,5 +322,5 @@ def prepare_output(args) -> Path | None:
 
 
 def _set_aside(args, after: int) -> None:
-    if args.should_save and (folder := checkpoint.set_aside(Path(args.output_dir), after)):
-        print(f"note: checkpoints of an earlier run were moved to {folder}", file=sys.stderr)
+    if args.should_save and (note := checkpoint.set_aside(Path(args.output_dir), after)):
+        print(f"note: {note}", file=sys.stderr)

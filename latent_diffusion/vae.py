@@ -9,8 +9,10 @@ import numpy as np
 import paddle
 
 from .checkpoint import set_weights
+from .configuration import VAE_DOWNSAMPLING
 from .errors import InputError, NotFiniteError
 from .hub import existing_file, local_folder, read_json
+from .pretrained import checksum
 from .weights import WEIGHT_SUFFIXES, read_weights, transpose_linear
 
 # File names a VAE folder may hold its weights under, ppdiffusers' own first.
@@ -72,6 +74,23 @@ def load_vae(name_or_path: str):
         vae = _from_folder(local_folder(full_name(name_or_path), ("config.json", _FILES), "VAE"))
     vae.eval()
     return vae
+
+
+def load_fitting_vae(name_or_path: str, channels: int):
+    """`load_vae` for a model whose latents have that many channels, and 1 / `VAE_DOWNSAMPLING` of the image's side.
+
+    Raises:
+        InputError: see `load_vae`, or the latents of the VAE are others.
+    """
+    vae = load_vae(name_or_path)
+    check_channels(vae, name_or_path, channels)
+    check_downsampling(vae, name_or_path, VAE_DOWNSAMPLING)
+    return vae
+
+
+def vae_settings(vae) -> dict[str, str | float]:
+    """What decoded images are a function of beside latents, as plain values; weights by their checksum."""
+    return {"vae": checksum(vae), "scaling_factor": vae.config.scaling_factor}
 
 
 def load_vae_for_images(name_or_path: str, latent_shape: tuple[int, int, int]):

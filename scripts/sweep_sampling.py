@@ -96,14 +96,18 @@ def main() -> None:
     samplers = load_samplers(arguments, settings, is_uvit, place)
     any_sampler = samplers[settings[0]]
     folder = arguments.output_dir
-    if rank == 0:
-        claim_folder(folder, common_settings(arguments, any_sampler, extractor.identity, place), "--output-dir")
-    distributed.barrier()
-    table = Table(folder / TABLE)
     crop_to = any_sampler.model.config.resolution, crop_then_resize if is_uvit else center_crop
     work = FeatureWork(folder / FEATURES, arguments.batch_size, crop_to=crop_to)
     reference = open_side(arguments.reference, extractor, work)
-    sweep(samplers, table, reference, extractor, work, arguments)
+    if rank == 0:
+        shared = common_settings(arguments, any_sampler) | {
+            "device": place,
+            "extractor": extractor.identity,
+            "reference": reference.fingerprint,
+        }
+        claim_folder(folder, shared, "--output-dir")
+    distributed.barrier()
+    sweep(samplers, Table(folder / TABLE), reference.extract(), extractor, work, arguments)
 
 
 def check(arguments: argparse.Namespace) -> None:
@@ -163,23 +167,13 @@ def uvit_parts(arguments: argparse.Namespace) -> dict[str, Any]:
     return {"model": model, "vae": vae, "captions": open_features(arguments.feature_path, model.config, "val")}
 
 
-def common_settings(arguments: argparse.Namespace, sampler: Any, extractor: str, place: str) -> dict[str, Any]:
-    """What all rows of a table are a function of, as plain values; weights by their checksums."""
-    from latent_diffusion.pretrained import checksum
+def common_settings(arguments: argparse.Namespace, sampler: Any) -> dict[str, Any]:
+    """What the images of all rows are a function of, as plain values; weights and captions by their checksums."""
+    from latent_diffusion import many_samples
 
-    captions = {"feature_path": str(arguments.feature_path.absolute())} if arguments.feature_path else {}
-    return captions | {
-        "model": checksum(sampler.model),
-        "vae": checksum(sampler.vae),
-        "scaling_factor": sampler.vae.config.scaling_factor,
-        "amp_dtype": sampler.amp_dtype,
-        "seed": arguments.global_seed,
-        "batch_size": arguments.batch_size,
-        "device": place,
-        "num_samples": arguments.num_samples,
-        "extractor": extractor,
-        "reference": str(arguments.reference.absolute()),
-    }
+    captions = sampler.captions.settings() if arguments.feature_path else {}
+    shared = many_samples.common_settings(sampler, arguments.global_seed, arguments.batch_size)
+    return shared | captions | {"num_samples": arguments.num_samples}
 
 
 def sweep(samplers, table: Table, reference, extractor, work, arguments: argparse.Namespace) -> None:
@@ -205,13 +199,17 @@ def sweep(samplers, table: Table, reference, extractor, work, arguments: argpars
         draw = functools.partial(samplers[setting].draw_samples, arguments.global_seed)
         images = SampledImages(table.path.parent / str(setting), arguments.num_samples, repr(setting), draw)
         features = extract(images, extractor, work.cache, work.batch_size)
+        cache = FeatureCache(work.cache, images, extractor)
         if rank == 0:
-            row = measure(setting, features, images.times, reference, extractor)
+            # Whichever process has met samples that are not finite has left the features of those out.
+            finite = not cache.missing()
+            row = measure(setting, features, images.times, reference, extractor) if finite else Row.empty(setting)
             table.append(row)
-            print(f"{number}/{len(pending)}: {setting}: {distance_name(extractor)} {row.fid:.4f}", flush=True)
+            found = f"{row.fid:.4f}" if finite else "not computed, some samples are not finite"
+            print(f"{number}/{len(pending)}: {setting}: {distance_name(extractor)} {found}", flush=True)
         distributed.barrier()  # every process has opened the features
         if rank == 0:
-            shutil.rmtree(FeatureCache(work.cache, images, extractor).path)
+            shutil.rmtree(cache.path)
     if rank == 0:
         picture = table.path.with_name(PICTURE)
         plot(table.rows, distance_name(extractor), picture)

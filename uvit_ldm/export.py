@@ -7,12 +7,11 @@ from pathlib import Path
 import numpy as np
 import paddle
 
-from latent_diffusion.configuration import VAE_DOWNSAMPLING
 from latent_diffusion.errors import InputError
 from latent_diffusion.files import new_folder, write_json
 from latent_diffusion.pretrained import COMPONENT_CONFIG
 from latent_diffusion.text_encoder import TextEncoder
-from latent_diffusion.vae import check_channels, check_downsampling, load_vae
+from latent_diffusion.vae import load_fitting_vae
 from latent_diffusion.weights import write_paddle
 
 from .configuration import PIPELINES, SCALING_KEY, STOCK_PIPELINE, UViTConfig
@@ -49,9 +48,7 @@ def export_pipeline(
         InputError: the VAE or the text encoder does not fit the network, or the pipeline cannot have its tokens.
     """
     config, stock = model.config, pipeline == STOCK_PIPELINE
-    vae = load_vae(vae_name_or_path)
-    check_channels(vae, vae_name_or_path, config.in_channels)
-    check_downsampling(vae, vae_name_or_path, VAE_DOWNSAMPLING)
+    vae = load_fitting_vae(vae_name_or_path, config.in_channels)
     _check_text_encoder(text_encoder, config, stock)
     if stock:
         rescale_latents(vae, config.scaling_factor / _STOCK_SCALING_FACTOR)

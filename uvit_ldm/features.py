@@ -1,5 +1,6 @@
 """Features of COCO that U-ViT trains on, in either layout: files of images and captions (`feature_files`) or packed."""
 
+import hashlib
 from abc import abstractmethod
 from collections.abc import Sequence
 from pathlib import Path
@@ -87,6 +88,16 @@ class CocoFeatures(FeatureStore):
             for index, rng in zip(indices, generators, strict=True)
         )
         return np.stack(list(drawn)).astype("float32")
+
+    def settings(self) -> dict[str, str]:
+        """What `draw_contexts` is a function of: a checksum of some contexts, and of how many there are of each image.
+
+        Whatever is encoded anew or in another order changes all of them, and reading all would take long.
+        """
+        digest = hashlib.sha256(np.asarray(self.captions, np.int64).tobytes())
+        for context in [self.empty_context, *(self._context(i, 0) for i in images_to_check(len(self)).tolist())]:
+            digest.update(context.astype("float32").tobytes())
+        return {"captions": digest.hexdigest()}
 
     @abstractmethod
     def _moments(self, index: int) -> np.ndarray: ...

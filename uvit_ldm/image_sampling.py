@@ -8,11 +8,10 @@ from typing import Any, Protocol
 import numpy as np
 import paddle
 
-from latent_diffusion.configuration import VAE_DOWNSAMPLING
 from latent_diffusion.guidance import ALL_STEPS
 from latent_diffusion.pretrained import PIPELINE_INDEX
 from latent_diffusion.sampling import sample_generators
-from latent_diffusion.vae import check_channels, check_downsampling, decode_latents, load_vae
+from latent_diffusion.vae import decode_latents, load_fitting_vae
 
 from .modeling import UViT
 from .pretrained import read_pretrained
@@ -32,6 +31,9 @@ class Captions(Protocol):
 
     def draw_contexts(self, indices: Sequence[int], generators: Sequence[np.random.Generator]) -> np.ndarray:
         """A caption of each of these numbers, encoded: float32 [B, L, D]."""
+
+    def settings(self) -> dict[str, str]:
+        """What the contexts are a function of, by checksums."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -111,9 +113,7 @@ def load_networks(
         InputError: something is not there, cannot be read, or does not belong together.
     """
     pretrained = read_pretrained(source, config_file, use_ema)
-    vae = load_vae(vae_name)
-    check_channels(vae, vae_name, pretrained.config.in_channels)
-    check_downsampling(vae, vae_name, VAE_DOWNSAMPLING)
+    vae = load_fitting_vae(vae_name, pretrained.config.in_channels)
     if not _is_part_of(source, vae_name):
         vae.register_to_config(scaling_factor=pretrained.config.scaling_factor)
     return pretrained.network(), vae

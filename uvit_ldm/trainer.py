@@ -15,7 +15,7 @@ from latent_diffusion.images import captioned_grid, crop_then_resize
 from latent_diffusion.objectives import Denoiser
 from latent_diffusion.trainer import LatentDiffusionTrainer, run_training
 from latent_diffusion.training_arguments import SuiteArguments, SuiteTrainingArguments
-from latent_diffusion.vae import check_channels, decode_latents, load_vae, load_vae_for_images
+from latent_diffusion.vae import decode_latents, load_fitting_vae, load_vae_for_images, vae_settings
 
 from .configuration import STABLE_DIFFUSION, UViTConfig
 from .feature_files import read_prompts
@@ -127,15 +127,15 @@ def _sample_maker(config: UViTConfig, uvit_args: UViTArguments) -> SampleMaker:
         InputError: the VAE or the features cannot be had.
     """
     captions = open_features(uvit_args.feature_path, config, "val")
-    vae = load_vae(uvit_args.vae_name_or_path)
-    check_channels(vae, uvit_args.vae_name_or_path, config.in_channels)
+    vae = load_fitting_vae(uvit_args.vae_name_or_path, config.in_channels)
     vae.register_to_config(scaling_factor=config.scaling_factor)
     sampler = make_sampler("ddim", uvit_args.num_inference_steps)
 
     def draw(model: UViT, seed: int, indices: Sequence[int]) -> np.ndarray:
         return ImageSampler(model, vae, sampler, GUIDANCE_SCALES[0], captions).draw_samples(seed, indices)
 
-    return SampleMaker(draw, uvit_args.num_inference_steps, (config.resolution, crop_then_resize))
+    settings = {"sampling_steps": uvit_args.num_inference_steps} | vae_settings(vae) | captions.settings()
+    return SampleMaker(draw, settings, (config.resolution, crop_then_resize))
 
 
 def _image_drawer(config: UViTConfig, uvit_args: UViTArguments, store: CocoFeatures, seed: int):

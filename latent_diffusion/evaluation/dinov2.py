@@ -165,8 +165,9 @@ def _find_weights(weights: Path | None) -> Path:
     path = next((path for path in candidates if path.exists()), None)
     if path is None:
         raise InputError(
-            f"found no weights of DINOv2 at {' or '.join(map(str, candidates))}; name them with --weights, or get them "
-            f"with: curl -L --create-dirs -o {WEIGHT_FOLDERS[0] / PUBLISHED_FILE} {PUBLISHED_ADDRESS}/{PUBLISHED_FILE}"
+            f"found no weights of DINOv2 at {' or '.join(map(str, candidates))}; name them with --weights (in training "
+            f"--eval_weights), or get them with: curl -L --create-dirs -o {WEIGHT_FOLDERS[0] / PUBLISHED_FILE} "
+            f"{PUBLISHED_ADDRESS}/{PUBLISHED_FILE}"
         )
     return existing_file(path, FOLDER_FILES, "DINOv2") if path.is_dir() else path
 

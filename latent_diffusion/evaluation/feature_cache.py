@@ -1,14 +1,14 @@
 """Features of a set of images on disk: made once, by one process or several, and continued after an interruption.
 
 <cache>/<name of the images>-<key>/
-    manifest.json    whose features they are and which extractor made them; the key is a checksum of it
+    manifest.json    whose features they are and which extractor made them; the key is a checksum of both
     features.npy     [N, D] float32; spatial.npy and logits.npy where the extractor has them
     done.npy         [N] uint8: 1 where all outputs of an image are written
 """
 
 import hashlib
-import json
 import math
+import tempfile
 from pathlib import Path
 
 import numpy as np
@@ -16,11 +16,12 @@ import numpy as np
 from .. import distributed
 from ..errors import InputError
 from ..extraction import claim_share
-from ..files import replace_file, write_json
+from ..files import preparing_folder, write_json
 from ..progress import progress
 from ..row_files import allocate, write_rows
 from .extractor import Extractor
 from .image_set import ImageSet
+from .npz import SUFFIX
 
 MANIFEST, DONE = "manifest.json", "done.npy"
 
@@ -75,42 +76,50 @@ class FeatureCache:
     def __init__(self, cache: Path, images: ImageSet, extractor: Extractor):
         self._count, self._widths = images.count, extractor.widths
         self._manifest = {
-            "images": str(images.path.absolute()),
+            "images": str(images.path),
             "fingerprint": images.fingerprint,
             "count": images.count,
             "extractor": extractor.identity,
             "widths": extractor.widths,
         }
-        key = hashlib.sha256(json.dumps(self._manifest, sort_keys=True).encode()).hexdigest()
-        self.path = cache / f"{images.path.absolute().stem}-{key[:16]}"
+        key = hashlib.sha256(f"{images.fingerprint} {images.count} {extractor.identity}".encode()).hexdigest()
+        self.path = cache / f"{images.path.resolve().name.removesuffix(SUFFIX)}-{key[:16]}"
 
     def prepare(self) -> None:
         """Makes the folder with files of zeros, unless it is there; for one process of a run."""
-        if self._file(DONE).is_file():
+        if self.path.is_dir():
             return
-        self.path.mkdir(parents=True, exist_ok=True)
-        replace_file(self._file(MANIFEST), lambda path: write_json(path, self._manifest))
-        for name, width in self._widths.items():
-            allocate(self._output(name), (self._count, width), "float32")
-        # Under its name this file says that the others were allocated.
-        replace_file(self._file(DONE), lambda path: allocate(path, (self._count,), "uint8"))
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=".", dir=self.path.parent, ignore_cleanup_errors=True) as temporary:
+            folder = Path(temporary, "features")
+            folder.mkdir()
+            write_json(folder / MANIFEST, self._manifest)
+            for name, width in self._widths.items():
+                allocate(folder / f"{name}.npy", (self._count, width), "float32")
+            allocate(folder / DONE, (self._count,), "uint8")
+            try:
+                folder.rename(self.path)
+            except OSError:
+                if not self.path.is_dir():  # else another run was quicker, and its folder is filled
+                    raise
 
     def missing(self) -> list[int]:
         """Numbers of the images whose features are not there."""
         return np.flatnonzero(self._open(DONE, (self._count,)) == 0).tolist()
 
     def write(self, batch: range, outputs: dict[str, np.ndarray]) -> None:
-        """Stores what the extractor made of a batch."""
-        for name, values in outputs.items():
-            write_rows(self._output(name), zip(batch, values, strict=True), durable=True)
-        write_rows(self._file(DONE), ((number, 1) for number in batch), durable=False)
+        """Stores what the extractor made of a batch; raises `InputError` where it cannot, as on a full disk."""
+        with preparing_folder(self.path):
+            for name, values in outputs.items():
+                write_rows(self.path / f"{name}.npy", zip(batch, values, strict=True), durable=True)
+            write_rows(self.path / DONE, ((number, 1) for number in batch), durable=False)
 
     def read(self) -> dict[str, np.ndarray]:
         """All outputs, memory-mapped."""
         return {name: self._open(f"{name}.npy", (self._count, width)) for name, width in self._widths.items()}
 
     def _open(self, name: str, shape: tuple[int, ...]) -> np.ndarray:
-        path = self._file(name)
+        path = self.path / name
         try:
             array = np.load(path, mmap_mode="r", allow_pickle=False)
             complete = array.shape == shape and path.stat().st_size == array.offset + array.nbytes
@@ -119,9 +128,3 @@ class FeatureCache:
         if not complete:
             raise InputError(f"{path} is damaged; remove the folder {self.path} and run again")
         return array
-
-    def _output(self, name: str) -> Path:
-        return self._file(f"{name}.npy")
-
-    def _file(self, name: str) -> Path:
-        return self.path / name

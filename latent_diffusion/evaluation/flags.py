@@ -13,7 +13,7 @@ from .extractors import EXTRACTORS
 SAMPLES = 5000
 
 HELP = {
-    "steps": "steps between evaluations of EMA samples; the best weights are kept",
+    "steps": "steps between evaluations of EMA samples; the last step is evaluated, too, and the best weights are kept",
     "samples": "images of an evaluation",
     "reference": "what they are compared with: a folder or .npz of images, or an .npz of saved statistics",
     "extractor": f"features of the comparison: {', '.join(EXTRACTORS)}",

@@ -298,7 +298,7 @@ def _find_weights() -> Path:
     if found is None:
         raise InputError(
             f"found no weights of the Inception network, usually {PUBLISHED_FILE}, in "
-            f"{' or '.join(map(str, WEIGHT_FOLDERS))}; name them with --weights, or get them with: "
-            f"curl -L --create-dirs -o {candidates[0]} {PUBLISHED_ADDRESS}/{PUBLISHED_FILE}"
+            f"{' or '.join(map(str, WEIGHT_FOLDERS))}; name them with --weights (in training --eval_weights), or get "
+            f"them with: curl -L --create-dirs -o {candidates[0]} {PUBLISHED_ADDRESS}/{PUBLISHED_FILE}"
         )
     return found

@@ -58,13 +58,13 @@ class ManifoldScores:
     coverage: float
 
 
-def moments(features: np.ndarray) -> Moments:
-    """Mean and covariance of features [N, D].
+def moments(features: np.ndarray, whose: str = "the images") -> Moments:
+    """Mean and covariance of features [N, D]; `whose` names the images in errors.
 
     Raises:
         InputError: there are fewer than 2 images, or a feature is not finite.
     """
-    _check_features(features, "the images", least=2)
+    _check_features(features, whose, least=2)
     count, width = features.shape
     mean = sum(block.sum(axis=0) for _, block in _blocks(features)) / count
     covariance = np.zeros((width, width))

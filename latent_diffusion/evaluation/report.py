@@ -118,7 +118,7 @@ def _kernel(real: np.ndarray, fake: np.ndarray) -> tuple[float, ...]:
 
 def distance_name(extractor: Extractor) -> str:
     """What the Frechet distance of its features is called."""
-    return DISTANCE_NAMES.get(extractor.name, f"Frechet distance ({extractor.name})")
+    return figure_names(extractor.name)["fid"]
 
 
 def figure_names(extractor: str) -> dict[str, str]:
@@ -126,30 +126,56 @@ def figure_names(extractor: str) -> dict[str, str]:
     return FIGURES | {"fid": DISTANCE_NAMES.get(extractor, f"Frechet distance ({extractor})")}
 
 
-def table(report: Report, extractor: Extractor) -> str:
-    """The figures, one a line, and why others are missing."""
-    names = FIGURES | {"fid": distance_name(extractor)}
+def table(report: Report, reference: Side, samples: Side, extractor: Extractor) -> str:
+    """The figures, one a line, why others are missing, and the numbers of images."""
+    names = figure_names(extractor.name)
     width = max(len(names[key]) for key in [*report.figures, *report.missing] if key in names)
     lines = []
     for key, name in names.items():
         if key in report.figures:
-            spread = f" ± {report.figures[SPREADS[key]]:.4f}" if key in SPREADS else ""
-            lines.append(f"{name:<{width}}  {report.figures[key]:>10.4f}{spread}")
+            lines.append(f"{name:<{width}}  {_shown(key, report.figures)}")
         elif key in report.missing:
             lines.append(f"{name:<{width}}  {'-':>10}  {report.missing[key]}")
-    return "\n".join(lines)
+    counts = (f"{side.name} {_shown_count(side)}" for side in (reference, samples))
+    return "\n".join([*lines, f"{'images':<{width}}  {', '.join(counts)}"])
+
+
+def _shown(key: str, figures: dict[str, float]) -> str:
+    digits = 6 if key == "kid" else 4  # good ones are a thousandth
+    text = f"{figures[key]:>10.{digits}f}"
+    if key in SPREADS:
+        text += f" ± {figures[SPREADS[key]]:.{digits}f}"
+    return f"{text} (subsets of {figures['kid_subset_size']})" if key == "kid" else text
+
+
+def _shown_count(side: Side) -> str:
+    if not side.saved:
+        return str(side.count)
+    saved = f"saved statistics of {side.saved_count or 'an unknown number'}"
+    return saved if side.count is None else f"{side.count} and {saved}"
 
 
 def notes(reference: Side, samples: Side, extractor: Extractor) -> list[str]:
     """What a reader of the figures should know."""
-    width, found = extractor.widths["features"], []
-    for side in (reference, samples):
-        if side.count is not None and side.count <= width:
-            found.append(
-                f"{side.name} has {side.count} images, fewer than its features have dimensions ({width}): the Frechet "
-                "distance is too large; compare it with others of as many images only"
-            )
+    found = [note for side in (reference, samples) for note in few_images(side.name, side.moments_count, extractor)]
+    if reference.images and samples.images and reference.images.size != samples.images.size:
+        sizes = ("{}x{}".format(*side.images.size) for side in (reference, samples))
+        found.append(
+            f"the images of {reference.name} and {samples.name} have {' and '.join(sizes)} pixels; --image-size brings "
+            "them to one size"
+        )
     return found
+
+
+def few_images(name: str, count: int | None, extractor: Extractor) -> list[str]:
+    """A note where `count` images are too few for the Frechet distance of an extractor's features, or nothing."""
+    width = extractor.widths["features"]
+    if count is None or count > width:
+        return []
+    return [
+        f"{name} has {count} images, not more than its features have dimensions ({width}): the Frechet distance is too "
+        "large; compare it with others of as many images only"
+    ]
 
 
 def write(path: Path, report: Report, reference: Side, samples: Side, extractor: Extractor) -> None:
@@ -158,11 +184,12 @@ def write(path: Path, report: Report, reference: Side, samples: Side, extractor:
     Raises:
         InputError: the file cannot be written.
     """
+    sides = {"reference": reference, "samples": samples}
     content = {
         **report.figures,
-        "images": {"reference": reference.count, "samples": samples.count},
-        "reference": reference.name,
-        "samples": samples.name,
+        "images": {key: side.count for key, side in sides.items()},
+        "images_of_saved_statistics": {key: side.saved_count for key, side in sides.items() if side.saved},
+        **{key: side.name for key, side in sides.items()},
         "extractor": extractor.identity,
         "not_computed": report.missing,
     }

@@ -6,11 +6,14 @@ from pathlib import Path
 
 import numpy as np
 
+from ..errors import NotFiniteError
 from .image_set import ImageSet
 
 
 class SampledImages(ImageSet):
     """The samples 0 to `count` - 1 of a network.
+
+    Reading ends before the first batch that is not finite: features of it and of those after it are not made.
 
     Args:
         path: names them in messages and in the cache of features; nothing need be there.
@@ -30,6 +33,9 @@ class SampledImages(ImageSet):
     def read_ahead(self, batches: list[range]) -> Iterator[tuple[range, np.ndarray]]:
         for batch in batches:
             start = time.monotonic()
-            images = self._draw(batch)
+            try:
+                images = self._draw(batch)
+            except NotFiniteError:
+                return
             self.times.append((time.monotonic() - start) / len(batch))
             yield batch, images

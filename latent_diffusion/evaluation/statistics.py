@@ -4,6 +4,7 @@ An `.npz` with "mu" [D] and "sigma" [D, D] of the features and, in ADM's, "mu_s"
 Those that this suite writes also say which extractor made them ("extractor") and of how many images ("count").
 """
 
+import hashlib
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,9 +14,13 @@ from ..errors import InputError
 from ..files import write_file
 from .extractor import Extractor
 from .metrics import Moments
+from .npz import array_header, array_names, is_npz, read_array
 
 # The arrays of an output's mean and covariance.
 KEYS = {"features": ("mu", "sigma"), "spatial": ("mu_s", "sigma_s")}
+
+# Bytes of one: more than the name of an extractor takes.
+LONGEST_VALUE = 1024
 
 
 @dataclass(frozen=True)
@@ -25,21 +30,21 @@ class Statistics:
     Attributes:
         moments: by the extractor's names of outputs.
         count: of how many images; None where the file does not say.
+        fingerprint: a checksum of the moments.
     """
 
     moments: dict[str, Moments]
     count: int | None
+    fingerprint: str
 
 
 def has_statistics(path: Path) -> bool:
-    """Whether a file is an `.npz` with a mean; one with images may have it as well."""
-    if path.suffix != ".npz" or not path.is_file():
-        return False
-    try:
-        with np.load(path, allow_pickle=False) as file:
-            return KEYS["features"][0] in file.files
-    except Exception:  # damaged: whoever reads it as images says how
-        return False
+    """Whether a file is an `.npz` with a mean; one with images may have it as well.
+
+    Raises:
+        InputError: it is an `.npz` that cannot be read.
+    """
+    return is_npz(path) and KEYS["features"][0] in array_names(path)
 
 
 def read_statistics(path: Path, extractor: Extractor) -> Statistics:
@@ -52,35 +57,48 @@ def read_statistics(path: Path, extractor: Extractor) -> Statistics:
     Raises:
         InputError: the file is damaged, or of features of another extractor.
     """
-    try:
-        with np.load(path, allow_pickle=False) as file:
-            known = {key for keys in KEYS.values() for key in keys} | {"count", "extractor"}
-            arrays = {name: file[name] for name in file.files if name in known}
-    except Exception as error:  # a damaged archive can make NumPy raise anything
-        raise InputError(f"cannot read the statistics {path}: {' '.join(str(error).split())}") from None
-    made_by = str(arrays.get("extractor", extractor.identity))
-    if made_by != extractor.identity:
-        raise InputError(f"the statistics {path} were made by {made_by}, not by {extractor.identity}; make them again")
-    moments = {
-        name: _moments(path, arrays, mean, covariance, extractor.widths[name])
-        for name, (mean, covariance) in KEYS.items()
-        if mean in arrays and name in extractor.widths
-    }
-    return Statistics(moments, int(arrays["count"]) if "count" in arrays else None)
-
-
-def _moments(path: Path, arrays: dict[str, np.ndarray], mean: str, covariance: str, width: int) -> Moments:
-    for name, shape in ((mean, (width,)), (covariance, (width, width))):
-        if name not in arrays:
-            raise InputError(f"{path} has {mean} and no {name}; statistics need both")
-        if arrays[name].shape != shape or arrays[name].dtype.kind != "f":
+    names = array_names(path)
+    if "extractor" in names:
+        _check_header(path, "extractor", (), "U")
+        made_by = str(read_array(path, "extractor"))
+        if made_by != extractor.identity:
             raise InputError(
-                f"{name} in {path} is {arrays[name].dtype} {list(arrays[name].shape)}, but the extractor's is "
-                f"{list(shape)}: the file is of another one (--extractor)"
+                f"the statistics {path} were made by {made_by}, not by {extractor.identity}; make them again"
             )
-        if not np.isfinite(arrays[name]).all():
+    count = None
+    if "count" in names:
+        _check_header(path, "count", (), "iu")
+        count = int(read_array(path, "count"))
+    found = {
+        output: _read_moments(path, mean, covariance, extractor.widths[output])
+        for output, (mean, covariance) in KEYS.items()
+        if mean in names and output in extractor.widths
+    }
+    digest = hashlib.sha256(extractor.identity.encode())
+    for value in found.values():
+        digest.update(value.mean.tobytes() + value.covariance.tobytes())
+    return Statistics(found, count, digest.hexdigest())
+
+
+def _read_moments(path: Path, mean: str, covariance: str, width: int) -> Moments:
+    arrays = []
+    for name, shape in ((mean, (width,)), (covariance, (width, width))):
+        _check_header(path, name, shape, "f")
+        values = read_array(path, name).astype(np.float64)
+        if not np.isfinite(values).all():
             raise InputError(f"{name} in {path} holds values that are not finite; make the file again")
-    return Moments(arrays[mean].astype(np.float64), arrays[covariance].astype(np.float64))
+        arrays.append(values)
+    return Moments(*arrays)
+
+
+def _check_header(path: Path, name: str, shape: tuple[int, ...], kinds: str) -> None:
+    """Before anything is read, so that a small file cannot claim much memory."""
+    header = array_header(path, name)
+    if header.shape != shape or header.dtype.kind not in kinds or header.dtype.itemsize > LONGEST_VALUE:
+        raise InputError(
+            f"{name} in {path} is {header}, where {list(shape)} was expected: the file is damaged or of another "
+            "extractor"
+        )
 
 
 def write_statistics(path: Path, extractor: Extractor, moments: dict[str, Moments], count: int | None) -> None:

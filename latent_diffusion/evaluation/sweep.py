@@ -47,7 +47,7 @@ class Setting:
 
 @dataclass(frozen=True)
 class Row:
-    """What a setting gives; NaN where a figure cannot be computed.
+    """What a setting gives; NaN where a figure cannot be computed: all where samples are not finite.
 
     Attributes:
         setting: the setting.
@@ -64,6 +64,11 @@ class Row:
     precision: float
     recall: float
     seconds_per_image: float
+
+    @classmethod
+    def empty(cls, setting: Setting) -> "Row":
+        """The row of a setting without figures."""
+        return cls(setting, *(math.nan for _ in FIGURES))
 
 
 # Figures of a row that come from a comparison, under the names that `report.compare` has for them.

@@ -19,10 +19,11 @@ def plot(rows: Sequence[Row], distance: str, path: Path) -> None:
 
     The left one has the distance against the Inception Score, or against the guidance scale where the extractor gives
     no such score: a curve over the scales for each sampler, interval and number of steps. The right one has the
-    distance against the number of steps: a curve for each sampler, interval and scale.
+    distance against the number of steps: a curve for each sampler, interval and scale. Rows without a
+    distance are left out.
 
     Args:
-        rows: at least one.
+        rows: of the table.
         distance: what the Frechet distance is called.
         path: the file; it appears when it is complete.
     """
@@ -31,6 +32,7 @@ def plot(rows: Sequence[Row], distance: str, path: Path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
+    rows = [row for row in rows if not math.isnan(row.fid)]
     figure, (left, right) = pyplot.subplots(1, 2, figsize=(13, 6.5), layout="constrained")
     by_scale = sorted(_on_all_curves(rows), key=lambda row: row.setting.cfg_scale)
     if any(math.isnan(row.inception_score) for row in rows):
@@ -39,7 +41,7 @@ def plot(rows: Sequence[Row], distance: str, path: Path) -> None:
     else:
         left.set(xlabel="Inception Score", title="Guidance (the numbers are the scales)")
         _draw_curves(left, by_scale, lambda row: row.inception_score, _way, _steps)
-        _label_points(left, rows)
+        _label_points(left, by_scale)
     steps = sorted({row.setting.steps for row in rows})
     right.set(xlabel="sampling steps", title="Steps", xticks=steps)
     by_steps = sorted(rows, key=lambda row: (row.setting.steps, row.setting.cfg_scale))
@@ -47,8 +49,8 @@ def plot(rows: Sequence[Row], distance: str, path: Path) -> None:
     for axes in (left, right):
         axes.set_ylabel(distance)
         axes.grid(alpha=0.3)
-    best = min(rows, key=lambda row: row.fid)
-    figure.suptitle(f"Lowest {distance}: {best.fid:.4g} with {best.setting}")
+    best = min(rows, key=lambda row: row.fid, default=None)
+    figure.suptitle(f"Lowest {distance}: {best.fid:.4g} with {best.setting}" if best else "no setting has figures")
     replace_file(path, lambda temporary: figure.savefig(temporary, format="png", dpi=120))
     pyplot.close(figure)
 
@@ -79,7 +81,8 @@ def _draw_curves(
     colors = {name: f"C{i % 10}" for i, name in enumerate(dict.fromkeys(color(row.setting) for row in rows))}
     names = dict.fromkeys(style(row.setting) for row in rows)
     styles = {
-        name: {"linestyle": _STYLES[i % len(_STYLES)], "marker": _MARKERS[i % len(_MARKERS)]}
+        # Hollow markers show those of equal curves beneath them.
+        name: {"linestyle": _STYLES[i % len(_STYLES)], "marker": _MARKERS[i % len(_MARKERS)], "fillstyle": "none"}
         for i, name in enumerate(names)
     }
     curves: dict[tuple[str, str], list[Row]] = {}
@@ -94,13 +97,16 @@ def _draw_curves(
 
 
 def _label_points(axes: Any, rows: Sequence[Row]) -> None:
+    """Writes the scales beside the points of the first curve; those of other curves lie near them."""
     for row in rows:
+        if (_way(row.setting), row.setting.steps) != (_way(rows[0].setting), rows[0].setting.steps):
+            continue
         axes.annotate(
             f"{row.setting.cfg_scale:g}",
             (row.inception_score, row.fid),
             xytext=(4, 4),
             textcoords="offset points",
-            fontsize=8,
+            fontsize=9,
         )
 
 

@@ -7,7 +7,7 @@
 
 import contextlib
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,7 +24,7 @@ from ..progress import progress
 from .extractor import Extractor
 from .extractors import make_extractor
 from .flags import EvaluationFlags
-from .report import distance_name, frechet, notes
+from .report import distance_name, few_images, frechet
 from .side import FeatureWork, Side, open_side, side_of
 
 # Folder of the reference's features, which are made once for all runs beside it.
@@ -44,12 +44,12 @@ class SampleMaker:
     Attributes:
         draw: `draw(model, seed, indices)` gives the samples of these numbers, uint8 [B, H, W, 3], each a function of
             (seed, index). It must not touch Paddle's generators.
-        sampling_steps: calls of the network for an image.
+        settings: what the samples depend on beside the network, seed and number, as plain values.
         crop_to: side in pixels that images of the reference are brought to, and by which function.
     """
 
     draw: Callable[[paddle.nn.Layer, int, Sequence[int]], np.ndarray]
-    sampling_steps: int
+    settings: Mapping[str, int | float | str]
     crop_to: tuple[int, Crop]
 
 
@@ -79,7 +79,8 @@ class TrainingEvaluation:
         self._maker, self._extractor, self._reference = maker, extractor, reference
         self._folder: Path | None = None
         self._best: dict | None = None
-        self.notes = notes(reference, Side("each evaluation", {}, flags.samples), extractor)
+        counts = {reference.name: reference.moments_count, "each evaluation": flags.samples}
+        self.notes = [note for name, count in counts.items() for note in few_images(name, count, extractor)]
 
     def keep_best_in(self, folder: Path) -> None:
         """Says where `best` is kept, and takes over the one that an earlier part of the run left there.
@@ -99,9 +100,9 @@ class TrainingEvaluation:
                     f"{path} was chosen with {name} {found!r}, not {value!r}; give the flags as before, or move it away"
                 )
 
-    def due(self, step: int) -> bool:
-        """Whether there is an evaluation after this step."""
-        return step % self._every == 0
+    def due(self, step: int, last: int) -> bool:
+        """Whether there is an evaluation after this step: every so many steps and after the last one."""
+        return step % self._every == 0 or step == last
 
     def run(self, step: int, model: paddle.nn.Layer, ema: EMA | None) -> Evaluation | None:
         """Evaluates the averaged weights, or the raw ones without an average. All processes call it together.
@@ -165,13 +166,13 @@ class TrainingEvaluation:
             write_json(folder / checkpoint.EVALUATION, self._best)
         return f"{text}, the best so far", distance
 
-    def _settings(self) -> dict[str, int | str]:
+    def _settings(self) -> dict[str, int | float | str]:
         """What a distance depends on beside the weights."""
         return {
             "samples": self._count,
-            "reference": self._reference.name,
+            "reference": self._reference.fingerprint,
             "extractor": self._extractor.identity,
-            "sampling_steps": self._maker.sampling_steps,
+            **self._maker.settings,
         }
 
 
@@ -210,6 +211,8 @@ def open_evaluation(
         return None
     maker, extractor = make_maker(), make_extractor(flags.extractor, flags.weights)
     reference = open_side(flags.reference, extractor, FeatureWork(folder / CACHE, crop_to=maker.crop_to))
+    if "features" not in reference.saved:  # whose moments are all that is compared
+        reference.extract()
     if paddle.distributed.get_rank() == 0:  # which will compute the distances
         _try(reference)
     return TrainingEvaluation(flags, maker, extractor, reference)

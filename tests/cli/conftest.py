@@ -23,7 +23,7 @@ def feature_path(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="session")
 def evaluation_flags(tmp_path_factory) -> tuple[object, ...]:
-    """Of an evaluation at the third step: two batches of samples, which is one for each of two processes."""
+    """Of evaluations at the third and the last step: of two batches, which is one for each of two processes."""
     reference = write_reference(tmp_path_factory.mktemp("reference") / "images.npz")
     return ("--eval_steps", 3, "--eval_samples", 40, "--eval_reference", reference, "--eval_extractor", "pixels")
 

@@ -24,9 +24,14 @@ BAD = {
     "no reference": (("--reference", "nowhere", "--samples", "fake.npz"), "nowhere does not exist"),
     "no weights": (
         ("--reference", "real", "--samples", "fake.npz"),
-        "pt_inception-2015-12-05-6726825d.pth, in pretrained_models or models; name them with --weights, or get them",
+        "pt_inception-2015-12-05-6726825d.pth, in pretrained_models or models; name them with --weights (in training",
     ),
-    "not needed": (("--reference", "real", "--samples", "fake.npz", *PIXELS, "--weights", "a.pth"), "has no weights"),
+    "replaced reference": (
+        ("--reference", "fake.npz", "--save-statistics", "./fake.npz"),
+        "--save-statistics fake.npz would replace what it is computed from",
+    ),
+    "no name of JSON": (("--reference", "real", "--samples", "fake.npz", "--output", "real"), "ends in .json"),
+    "not needed": (("--reference", "real", "--samples", "fake.npz", *PIXELS, "--weights", "two.txt"), "has no weights"),
     "few prompts": (
         ("--reference", "real", "--samples", "fake.npz", *PIXELS, "--clip", "clip", "--prompts", "two.txt"),
         "two.txt has 2 lines and fake.npz 50 images",
@@ -35,7 +40,7 @@ BAD = {
     "damaged": (("--reference", "damaged.npz", "--samples", "fake.npz", *PIXELS), "cannot read arr_0 of damaged.npz"),
     "one image": (("--reference", "real", "--samples", "one.npz", *PIXELS), "at least 2 are needed"),
     "no image": (("--reference", "real", "--samples", "text", *PIXELS), "the folder text holds no images"),
-    "statistics of others": (("--reference", "other.npz", "--samples", "fake.npz", *PIXELS), "the file is of another"),
+    "statistics of others": (("--reference", "other.npz", "--samples", "fake.npz", *PIXELS), "or of another extractor"),
 }
 
 
@@ -53,6 +58,9 @@ def folder(tmp_path_factory, clip_folder):
         path.parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray(image).save(path)
     np.savez(root / "fake.npz", arr_0=images(50, 1))
+    (root / "fake-cfg-1.5").mkdir()
+    for number, image in enumerate(images(50, 1)):
+        Image.fromarray(image).save(root / "fake-cfg-1.5" / f"{number}.png")
     np.savez(root / "one.npz", arr_0=images(1, 1))
     np.savez(root / "other.npz", mu=np.zeros(7), sigma=np.eye(7))
     (root / "damaged.npz").write_bytes(b"PK\x03\x04 cut off")
@@ -84,7 +92,7 @@ def results(folder):
     }
     first = run_all({name: Command([str(word) for word in words], folder) for name, words in commands.items()})
     later = {
-        "saved": [EVALUATE, "--reference", "real.npz", "--samples", "fake.npz", *PIXELS, "--cache", "cache-1"],
+        "saved": [EVALUATE, "--reference", "real.npz", "--samples", "fake-cfg-1.5", *PIXELS, "--cache", "cache-1"],
         "reference alone": [
             EVALUATE,
             "--reference",
@@ -110,6 +118,7 @@ def test_the_figures_are_printed_and_written(folder, results):
     out = results["one"].ok().out
     assert f"Frechet distance (pixels)  {expected['fid']:>10.4f}\n" in out
     assert "sFID                                -  there are no spatial features of real" in out
+    assert "images                     real 60, fake.npz 50\n" in out
     assert "wrote one.json" in out
 
 
@@ -133,7 +142,7 @@ def test_features_that_are_there_are_not_made_again(results):
 
 def test_saved_statistics_give_the_same_distance(folder, results):
     results["saved"].ok()
-    written, first = (json.loads((folder / name).read_text()) for name in ("fake.evaluation.json", "one.json"))
+    written, first = (json.loads((folder / name).read_text()) for name in ("fake-cfg-1.5.pixels.json", "one.json"))
     assert written["fid"] == first["fid"]
     assert "features of the images of real.npz" in written["not_computed"]["kid"]
 
@@ -145,7 +154,7 @@ def test_a_reference_can_be_stored_alone(folder, results):
 
 
 def test_few_images_are_noted(results):
-    assert "note: real has 60 images, fewer than its features have dimensions (192)" in results["one"].err
+    assert "note: real has 60 images, not more than its features have dimensions (192)" in results["one"].err
 
 
 @pytest.mark.parametrize("name", BAD)

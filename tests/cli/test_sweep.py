@@ -17,6 +17,7 @@ from dit.sampling import make_sampler
 from latent_diffusion.evaluation.extractors import make_extractor
 from latent_diffusion.evaluation.report import compare
 from latent_diffusion.evaluation.side import side_of
+from latent_diffusion.evaluation.sweep import COMPARED
 from latent_diffusion.vae import load_vae
 
 from .commands import LAUNCH, REPOSITORY, TINY, Command, Result, run_all
@@ -30,6 +31,8 @@ DIT = (SWEEP, "--model", "model.json", "--ckpt", "official.pt", "--reference", "
 GRID = ("--samplers", "ddim", "ddpm", "--steps", 3, "--cfg-scales", 1, 4, "--guidance-intervals", "0:1", "0.3:0.9")
 UVIT = (SWEEP, "--model", "uvit.json", "--ckpt", "nnet.pth", "--reference", "real.npz", *COMMON)
 UVIT_GRID = ("--samplers", "ddim", "dpm-solver++", "--steps", 2, "--cfg-scales", 2, "--feature-path", "features")
+# Of that scale samples are not finite.
+HUGE = ("--cfg-scales", "1e38", 2)
 
 # In one process, as imports take most of the time. The last row is lost before the second command.
 IN_TURN = """
@@ -50,12 +53,16 @@ print(json.dumps(results))
 """
 SWEEPS = {
     "dit": (*DIT, *GRID),
-    "resumed": (*DIT, *GRID),
-    "uvit": (*UVIT, *UVIT_GRID, "--output-dir", "one"),
+    "resumed": (*DIT, *GRID, "--reference", "../sweeps/real.npz"),
+    "uvit": (*UVIT, *UVIT_GRID, *HUGE, "--output-dir", "one"),
 }
 BAD = {
     "other seed": ((*DIT, *GRID, "--seed", 1), "sweep was made with seed 0, not 1; take another --output-dir or"),
     "other reference": ((*DIT, "--reference", "other.npz"), "sweep was made with reference '"),
+    "other captions": (
+        (*UVIT, *UVIT_GRID, "--feature-path", "others", "--output-dir", "one"),
+        "one was made with captions '",
+    ),
     "no reference": ((*DIT, "--reference", "nowhere"), "the reference nowhere does not exist; give --reference"),
     "unknown sampler": ((*DIT, "--samplers", "euler"), "unknown sampler 'euler'; known are ddpm, ddim"),
     "sampler of the other": ((*UVIT, *UVIT_GRID, "--samplers", "ddpm"), "unknown sampler 'ddpm'; known are ddim, dpm"),
@@ -70,11 +77,14 @@ BAD = {
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory, vae_folder) -> Path:
     """Where the commands are run: weights and configurations of both systems, VAE, captions and real images."""
-    folder = tmp_path_factory.mktemp("sweeps")
+    folder = tmp_path_factory.mktemp("run") / "sweeps"
+    folder.mkdir()
     shutil.copy(DATA / "dit/official.pt", folder)
     (folder / "nnet.pth").write_bytes(gzip.decompress((DATA / "uvit/uvit_ema.pth.gz").read_bytes()))
     (folder / "vae").symlink_to(vae_folder)
     (folder / "features").symlink_to(DATA / "uvit/coco_features_tiny")
+    shutil.copytree(DATA / "uvit/coco_features_tiny", folder / "others")
+    np.save(folder / "others/val/1_0.npy", np.zeros((7, 32), np.float32))
     (folder / "model.json").write_text(json.dumps(TINY | {"num_layers": 3, "num_attention_heads": 4}))
     uvit = {key: value for key, value in TINY.items() if key != "num_classes"}
     uvit |= {"num_layers": 4, "num_attention_heads": 4, "clip_dim": 32, "num_text_tokens": 7}
@@ -89,7 +99,7 @@ def folder(tmp_path_factory, vae_folder) -> Path:
 def results(folder) -> dict[str, Result]:
     commands = SWEEPS | {name: words for name, (words, _) in BAD.items()}
     in_turn = json.dumps([[str(word) for word in words] for words in commands.values()])
-    launched = [str(word) for word in (*LAUNCH, *UVIT, *UVIT_GRID, "--output-dir", "two")]
+    launched = [str(word) for word in (*LAUNCH, *UVIT, *UVIT_GRID, *HUGE, "--output-dir", "two")]
     done = run_all({"in turn": Command(["-c", IN_TURN, in_turn], folder), "two": Command(launched, folder)})
     each = json.loads(done["in turn"].ok().out)
     return {"two": done["two"].ok()} | {name: Result(*end) for name, end in zip(commands, each, strict=True)}
@@ -137,10 +147,19 @@ def test_a_later_run_adds_what_is_missing(results, folder):
 
 
 def test_two_processes_draw_the_same_for_captions(results, folder):
-    assert "2 settings, 2 of them new" in results["uvit"].ok().out
+    assert "4 settings, 4 of them new" in results["uvit"].ok().out
     found = rows(folder / "one/sweep.csv")
-    assert rows(folder / "two/sweep.csv") == found and len({row["fid"] for row in found}) == 2
-    assert all(math.isfinite(float(row["fid"])) for row in found)
+    assert rows(folder / "two/sweep.csv") == found
+    finite = [float(row["fid"]) for row in found if row["cfg_scale"] == "2.0"]
+    assert len(set(finite)) == 2 and all(map(math.isfinite, finite))
+
+
+def test_a_setting_whose_samples_are_not_finite_has_an_empty_row(results, folder):
+    line = "1/4: ddim, 2 steps, scale 1e+38: Frechet distance (pixels) not computed, some samples are not finite\n"
+    for name in ("uvit", "two"):
+        assert line in results[name].ok().out
+    empty = [row for row in rows(folder / "one/sweep.csv") if row["cfg_scale"] == "1e+38"]
+    assert len(empty) == 2 and all({row[name] for name in COMPARED} == {""} for row in empty)
 
 
 @pytest.mark.parametrize("case", BAD)

@@ -2,6 +2,7 @@
 
 import io
 import json
+import re
 import shutil
 import tarfile
 from pathlib import Path
@@ -193,7 +194,8 @@ def test_resume_is_exact(later, root, runs):
 
 
 def test_resuming_an_earlier_checkpoint_sets_the_later_ones_aside(later, root):
-    assert "checkpoints of later steps were moved to results/000-tiny/overwritten-1" in later["rewound"].ok().err
+    moved = "checkpoints and the best weights (best) of an earlier run were moved to results/000-tiny/overwritten-1"
+    assert moved in later["rewound"].ok().err
     folder = root / "rewound/results/000-tiny"
     assert_same(folder / "checkpoint-4", folder / "overwritten-1/checkpoint-4")
 
@@ -236,23 +238,40 @@ def test_a_resume_says_what_is_not_as_before(later, root):
 
 
 def test_the_best_weights_are_kept_and_their_distance_is_logged(runs, later, root):
-    """They are of the third step, so that a run resumed at the second one finds them again."""
+    """They are of the third step or the last one, so that a run resumed at the second one finds them again."""
     from visualdl import LogReader
 
-    distances = []
+    bests = []
     for name, results in (("one", runs), ("resumed", later)):
         folder = root / name / "results/000-tiny"
-        (line,) = [line for line in results[name].ok().out.splitlines() if line.startswith("step 3: Frechet distance")]
-        assert line in (folder / "log.txt").read_text() and ", the best so far; " in line
-        found = json.loads((folder / "best/evaluation.json").read_text())
-        assert (found["step"], found["samples"]) == (3, 40)
+        lines = evaluations(results[name].ok().out)
+        assert list(lines) == [3, 4] and all(line in (folder / "log.txt").read_text() for line in lines.values())
+        bests.append(json.loads((folder / "best/evaluation.json").read_text()))
+        assert ", the best so far; " in lines[bests[-1]["step"]] and bests[-1]["samples"] == 40
         assert load_dit(folder / "best", None, True).config.num_classes == 10
-        distances.append(found["fid"])
-    assert distances[0] == distances[1]
+    assert bests[0] == bests[1]
     assert (root / "resumed/results/000-tiny/overwritten-1/best").is_dir()
     (log,) = (root / "one/results/000-tiny/runs").glob("vdlrecords*")
-    (record,) = LogReader(file_path=str(log)).get_data("scalar", "eval/fid")
-    assert (record.id, record.value) == (3, pytest.approx(distances[0], rel=1e-6))
+    records = LogReader(file_path=str(log)).get_data("scalar", "eval/fid")
+    assert [record.id for record in records] == [3, 4]
+    assert min(record.value for record in records) == pytest.approx(bests[0]["fid"], rel=1e-6)
+
+
+def evaluations(out: str) -> dict[int, str]:
+    """The line of each evaluation by its step."""
+    return {int(line[5]): line for line in out.splitlines() if line[6:].startswith(": Frechet distance")}
+
+
+def test_a_step_is_evaluated_before_its_checkpoint_is_written(runs):
+    """Else an evaluation that is interrupted would not be made again."""
+    out = runs["one"].ok().out
+    assert 0 < out.index(evaluations(out)[4]) < out.index("wrote results/000-tiny/checkpoint-4")
+
+
+def test_the_time_of_an_evaluation_is_not_that_of_the_steps(runs):
+    """The rate of the fourth step is measured from the third one on, after which there is an evaluation."""
+    evaluation = float(re.search(r"; (\S+) s$", evaluations(runs["one"].ok().out)[3])[1])
+    assert 1 / float(runs["one"].logged("steps_per_second")[3]) < evaluation / 2
 
 
 def test_experiments_are_numbered(later, root):

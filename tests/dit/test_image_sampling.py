@@ -79,7 +79,7 @@ def test_weights_of_another_size_are_refused(load):
 
 
 def test_a_vae_of_other_channels_is_refused(load, monkeypatch):
-    monkeypatch.setattr("dit.image_sampling.load_vae", lambda name: _Vae())
+    monkeypatch.setattr("latent_diffusion.vae.load_vae", lambda name: _Vae())
     with pytest.raises(InputError, match="has 8 latent channels, the model 4"):
         load()
 

@@ -21,10 +21,10 @@ def step(callback, number, model):
 
 
 def test_the_trainer_is_asked_to_evaluate_when_it_is_due():
-    callback, control = EvaluationCallback(lambda number: number == 5), SimpleNamespace(should_evaluate=False)
+    callback, control = EvaluationCallback(lambda *steps: steps == (5, 9)), SimpleNamespace(should_evaluate=False)
     asked = []
     for number in (4, 5, 6):
-        callback.on_step_end(None, SimpleNamespace(global_step=number), control)
+        callback.on_step_end(None, SimpleNamespace(global_step=number, max_steps=9), control)
         asked.append(control.should_evaluate)
     assert asked == [False, True, False]
 

@@ -51,8 +51,8 @@ def test_earlier_checkpoints_are_set_aside(tmp_path):
     assert checkpoint.set_aside(tmp_path) is None
     for number, steps in enumerate([(2, 4), (2,)], start=1):
         make_checkpoints(tmp_path, *steps)
-        folder = checkpoint.set_aside(tmp_path)
-        assert folder == tmp_path / f"overwritten-{number}"
+        folder = tmp_path / f"overwritten-{number}"
+        assert checkpoint.set_aside(tmp_path) == f"checkpoints of an earlier run were moved to {folder}"
         assert [path.name for path in checkpoint.checkpoints(folder)] == [f"checkpoint-{step}" for step in steps]
         assert checkpoint.checkpoints(tmp_path) == []
 
@@ -156,9 +156,9 @@ def test_generators_continue_where_they_were(tmp_path):
 def test_later_checkpoints_are_set_aside_under_a_new_number(tmp_path):
     (tmp_path / "overwritten-2").mkdir()
     make_checkpoints(tmp_path, 2, 4, 6)
-    folder = checkpoint.set_aside(tmp_path, after=2)
-    assert folder == tmp_path / "overwritten-3"
-    assert [path.name for path in checkpoint.checkpoints(folder)] == ["checkpoint-4", "checkpoint-6"]
+    assert checkpoint.set_aside(tmp_path, after=2).endswith(f" were moved to {tmp_path / 'overwritten-3'}")
+    aside = checkpoint.checkpoints(tmp_path / "overwritten-3")
+    assert [path.name for path in aside] == ["checkpoint-4", "checkpoint-6"]
     assert [path.name for path in checkpoint.checkpoints(tmp_path)] == ["checkpoint-2"]
 
 
@@ -181,10 +181,14 @@ def write_best(output_dir: Path, step: int) -> Path:
 def test_the_best_weights_of_a_later_step_are_set_aside_and_others_are_not(tmp_path):
     make_checkpoints(tmp_path, 2, 4)
     best = write_best(tmp_path, 2)
-    folder = checkpoint.set_aside(tmp_path, after=2)
-    assert [path.name for path in folder.iterdir()] == ["checkpoint-4"] and best.is_dir()
-    folder = checkpoint.set_aside(tmp_path, after=1)
-    assert {path.name for path in folder.iterdir()} == {"checkpoint-2", "best"} and not best.exists()
+    assert checkpoint.set_aside(tmp_path, after=2).startswith("checkpoints of an earlier run were moved")
+    assert [path.name for path in (tmp_path / "overwritten-1").iterdir()] == ["checkpoint-4"] and best.is_dir()
+    note = checkpoint.set_aside(tmp_path, after=1)
+    assert note.startswith("checkpoints and the best weights (best) of an earlier run were moved")
+    assert {path.name for path in (tmp_path / "overwritten-2").iterdir()} == {"checkpoint-2", "best"}
+    assert not best.exists()
+    write_best(tmp_path, 5)
+    assert checkpoint.set_aside(tmp_path, after=1).startswith("the best weights (best) of an earlier run were moved")
 
 
 def test_the_best_weights_are_no_checkpoint(tmp_path):

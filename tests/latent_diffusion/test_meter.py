@@ -23,6 +23,18 @@ def test_means_and_rates_are_of_the_time_since_the_last_reading(monkeypatch):
         }
 
 
+def test_the_clock_does_not_run_while_it_is_paused(monkeypatch):
+    now = [100.0]
+    monkeypatch.setattr(meter.time, "perf_counter", lambda: now[0])
+    measured = Meter(samples_per_step=8)
+    measured.add({"loss": paddle.to_tensor(1.0)})
+    now[0] += 4.0
+    with pytest.raises(MemoryError), measured.paused():
+        now[0] += 50.0
+        raise MemoryError
+    assert measured.read()["steps_per_second"] == 1 / 4
+
+
 def test_what_was_added_before_the_start_is_forgotten():
     measured = Meter(samples_per_step=1)
     measured.add({"loss": paddle.to_tensor(9.0)})

@@ -13,9 +13,11 @@ from latent_diffusion.vae import (
     decode_latents,
     encode_moments,
     full_name,
+    load_fitting_vae,
     load_vae,
     load_vae_for_images,
     sample_moments,
+    vae_settings,
 )
 from latent_diffusion.weights import read_torch, write_torch
 
@@ -36,6 +38,24 @@ def test_a_folder_gives_its_network(vae_folder):
     assert own.config.scaling_factor == theirs.config.scaling_factor == 0.5
     for name, tensor in theirs.state_dict().items():
         np.testing.assert_array_equal(own.state_dict()[name].numpy(), tensor.numpy(), err_msg=name)
+
+
+def test_a_vae_of_other_latents_is_refused(vae_folder):
+    assert load_fitting_vae(str(vae_folder), 4).config.latent_channels == 4
+    with pytest.raises(InputError, match="the VAE .* has 4 latent channels, the model 8"):
+        load_fitting_vae(str(vae_folder), 8)
+    with pytest.raises(InputError, match="vae_tiny makes latents of 1/2 of the image's side; the model takes 1/8"):
+        load_fitting_vae(str(DATA / "vae_tiny"), 4)
+
+
+def test_the_settings_of_a_vae_change_with_its_weights_and_its_scale(vae_folder):
+    vae = load_vae(str(vae_folder))
+    before = vae_settings(vae)
+    assert vae_settings(load_vae(str(vae_folder))) == before
+    vae.register_to_config(scaling_factor=0.25)
+    assert vae_settings(vae) == before | {"scaling_factor": 0.25}
+    vae.decoder.conv_in.bias.set_value(vae.decoder.conv_in.bias + 1.0)
+    assert vae_settings(vae)["vae"] != before["vae"]
 
 
 def test_safetensors_are_read_too(vae_folder, tmp_path):

@@ -54,6 +54,21 @@ def pack(target: Path, owners: list[int] | None = None, moments_shape=(8, 8, 8),
     return target
 
 
+def test_the_settings_of_captions_change_with_them_and_not_with_their_place(folder, packed, tiny_config):
+    def settings(path):
+        return open_features(path, tiny_config).settings()
+
+    expected = settings(TINY)
+    assert settings(folder) == settings(packed) == expected
+    caption = np.load(folder / "train/2_0.npy")
+    np.save(folder / "train/2_0.npy", caption + 1)
+    assert settings(folder) != expected
+    np.save(folder / "train/2_0.npy", caption)
+    assert settings(folder) == expected
+    np.save(folder / "train/0_2.npy", caption)
+    assert settings(folder) != expected
+
+
 def samples(store, index: int, count: int) -> list[dict[str, np.ndarray]]:
     return [store.sample(index, np.random.default_rng(seed)) for seed in range(count)]
 

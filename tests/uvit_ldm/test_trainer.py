@@ -3,11 +3,13 @@
 import dataclasses
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import paddle
 import pytest
 
+from latent_diffusion import meter
 from latent_diffusion.errors import InputError
 from latent_diffusion.runtime import import_paddlenlp
 from latent_diffusion.vae import decode_latents, load_vae
@@ -19,6 +21,8 @@ from uvit_ldm.sampling import make_sampler, sample_latents
 from .conftest import DATA
 
 import_paddlenlp()
+
+from paddlenlp.trainer.integrations import VisualDLCallback  # noqa: E402
 
 from uvit_ldm import trainer as trainer_module  # noqa: E402
 from uvit_ldm.trainer import UViTArguments, UViTTrainer, UViTTrainingArguments  # noqa: E402
@@ -70,6 +74,53 @@ def test_the_length_of_a_prompt_must_be_that_of_the_configuration(tiny_config, t
         assert UViTArguments(**flags, model_max_length=length).model_config() == tiny_config
     with pytest.raises(InputError, match=r"--model_max_length 77 contradicts .*tiny\.json, .* num_text_tokens 7"):
         UViTArguments(**flags, model_max_length=77).model_config()
+
+
+# Evaluation
+
+
+class Evaluation:
+    """As `TrainingEvaluation`, of a distance that takes a while."""
+
+    notes = ()
+
+    def __init__(self, clock: list[float]):
+        self.clock = clock
+
+    def keep_best_in(self, folder: Path) -> None:
+        pass
+
+    def due(self, step: int, last: int) -> bool:
+        return True
+
+    def run(self, step, model, ema) -> None:
+        self.clock[0] += 50.0
+
+
+def test_evaluations_and_logged_images_are_not_in_the_rates(make_trainer, monkeypatch):
+    clock = [100.0]
+    monkeypatch.setattr(meter.time, "perf_counter", lambda: clock[0])
+    trainer = make_trainer()
+    trainer.evaluate_with(Evaluation(clock))
+    visualdl = VisualDLCallback(SimpleNamespace(add_image=lambda *_: None))
+    trainer.add_callback(visualdl)
+    trainer.log_images(lambda model: clock.__setitem__(0, clock[0] + 30.0) or {}, every=1)
+    trainer._meter.start()
+    trainer._meter.add({"loss": paddle.to_tensor(1.0)})
+    clock[0] += 4.0
+    trainer.evaluate()
+    trainer.callback_handler.callbacks[-1].on_step_end(None, trainer.state, None, model=trainer.model)
+    assert clock[0] == 184.0 and trainer._meter.read()["steps_per_second"] == 1 / 4
+
+
+def test_a_step_is_evaluated_before_its_checkpoint_is_saved(make_trainer, monkeypatch):
+    """Else an evaluation that is interrupted would not be made again."""
+    trainer, order = make_trainer(), []
+    for name in ("evaluate", "_save_checkpoint"):
+        monkeypatch.setattr(trainer, name, lambda *_, name=name, **__: order.append(name))
+    trainer.control.should_evaluate = trainer.control.should_save = True
+    trainer._maybe_log_save_evaluate(None, trainer.model, 0, None)
+    assert order == ["evaluate", "_save_checkpoint"]
 
 
 # Logged images

@@ -189,7 +189,7 @@ def test_the_identity_names_the_model_and_its_weights(extractors, tmp_path):
 
 
 HOW_TO_GET = (
-    r"name them with --weights, or get them with: curl -L --create-dirs -o "
+    r"name them with --weights \(in training --eval_weights\), or get them with: curl -L --create-dirs -o "
     r"pretrained_models/dinov2_vitl14_pretrain\.pth https://dl\.fbaipublicfiles\.com/dinov2/dinov2_vitl14/dinov2_vitl14_pretrain\.pth$"
 )
 

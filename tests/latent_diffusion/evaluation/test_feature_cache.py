@@ -1,9 +1,12 @@
+import errno
 import json
+import os
 
 import numpy as np
 import pytest
 
 from latent_diffusion.errors import InputError
+from latent_diffusion.evaluation import feature_cache
 from latent_diffusion.evaluation.feature_cache import extract
 from latent_diffusion.evaluation.image_set import open_images
 
@@ -60,6 +63,30 @@ def test_other_weights_or_images_have_features_of_their_own(tmp_path, images, ex
     assert extractor.images == 20
     manifests = [json.loads(path.read_text()) for path in (tmp_path / "cache").glob("*/manifest.json")]
     assert {manifest["extractor"] for manifest in manifests} == {"averages-1", "averages-2"}
+
+
+def test_a_run_that_prepares_at_the_same_time_leaves_features_alone(tmp_path, images, extractor, monkeypatch):
+    finished, once = [], feature_cache.allocate
+
+    def while_another_run_is_quicker(*arguments):
+        monkeypatch.setattr(feature_cache, "allocate", once)
+        finished.append(extract(images, extractor, tmp_path / "cache", batch_size=4)["features"].copy())
+        once(*arguments)
+
+    monkeypatch.setattr(feature_cache, "allocate", while_another_run_is_quicker)
+    found = extract(images, extractor, tmp_path / "cache", batch_size=4)
+    assert np.array_equal(found["features"], finished[0])
+    assert extractor.images == 10
+    assert len(list((tmp_path / "cache").iterdir())) == 1
+
+
+def test_a_full_disk_is_one_sentence(tmp_path, images, extractor, monkeypatch):
+    def full(*_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(feature_cache, "write_rows", lambda *_, **__: full())
+    with pytest.raises(InputError, match="No space left on device"):
+        extract(images, extractor, tmp_path / "cache", batch_size=4)
 
 
 def test_features_that_are_not_finite_stop_it(tmp_path, images, extractor, monkeypatch):

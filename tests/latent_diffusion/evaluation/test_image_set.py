@@ -1,3 +1,4 @@
+import os
 import zipfile
 
 import numpy as np
@@ -51,7 +52,7 @@ def test_files_named_by_numbers_are_ordered_by_number(tmp_path):
 def test_images_of_another_size_need_to_be_cropped(tmp_path):
     folder = write_folder(tmp_path / "a", random_images(2))
     Image.fromarray(random_images(1, size=20)[0]).resize((30, 20)).save(folder / "000002.png")
-    with pytest.raises(InputError, match="000002.png: it has 30x20 pixels, the first one 8x8; give --image-size"):
+    with pytest.raises(InputError, match="000002.png: it has 30x20 pixels, the first one 8x8; bring them to one size"):
         read_all(open_images(folder))
     cropped = read_all(open_images(folder, (8, center_crop)))
     assert cropped.shape == (3, 8, 8, 3)
@@ -65,6 +66,22 @@ def test_an_archive_is_cropped_as_a_folder_is(tmp_path):
     assert np.array_equal(read_all(open_images(tmp_path / "a.npz", (8, center_crop))), read_all(folder))
 
 
+def test_links_are_followed_but_not_in_circles(tmp_path):
+    write_folder(tmp_path / "a" / "deep", random_images(2))
+    (tmp_path / "b").symlink_to("a")
+    (tmp_path / "a" / "deep" / "loop").symlink_to(tmp_path)
+    names = [str(path.relative_to(tmp_path)) for path in image_files(tmp_path)]
+    assert names == [f"{folder}/deep/00000{i}.png" for folder in "ab" for i in range(2)]
+
+
+def test_a_copy_that_keeps_its_times_is_told_apart(tmp_path):
+    np.savez(tmp_path / "a.npz", arr_0=random_images(3))
+    before, status = open_images(tmp_path / "a.npz").fingerprint, (tmp_path / "a.npz").stat()
+    np.savez(tmp_path / "a.npz", arr_0=random_images(3, seed=1))
+    os.utime(tmp_path / "a.npz", ns=(status.st_atime_ns, status.st_mtime_ns))
+    assert open_images(tmp_path / "a.npz").fingerprint != before
+
+
 def test_fingerprints_change_with_the_images_and_the_crop(tmp_path):
     folder = write_folder(tmp_path / "a", random_images(3))
     first = open_images(folder).fingerprint
@@ -74,16 +91,12 @@ def test_fingerprints_change_with_the_images_and_the_crop(tmp_path):
     assert open_images(folder).fingerprint != first
 
 
-def write_header_only(path):
-    with zipfile.ZipFile(path, "w") as archive, archive.open("arr_0.npy", "w") as stream:
-        header = {"descr": "|u1", "fortran_order": False, "shape": (5, 8, 8, 3)}
-        np.lib.format.write_array_header_1_0(stream, header)
-
-
-def test_a_cut_off_archive_is_named(tmp_path):
-    write_header_only(tmp_path / "a.npz")
-    with pytest.raises(InputError, match=r"cannot read arr_0 of .*a\.npz: it is cut off"):
-        read_all(open_images(tmp_path / "a.npz"))
+@pytest.mark.parametrize("shape", [(5, 8, 8, 3), (3 * 10**9, 8, 8, 3), (-5, 8, 8, 3)])
+def test_an_archive_that_is_not_as_large_as_it_says_is_named(tmp_path, shape):
+    with zipfile.ZipFile(tmp_path / "a.npz", "w") as archive, archive.open("arr_0.npy", "w") as stream:
+        np.lib.format.write_array_header_1_0(stream, {"descr": "|u1", "fortran_order": False, "shape": shape})
+    with pytest.raises(InputError, match=r"cannot read arr_0 of .*a\.npz: its size is not what it says"):
+        open_images(tmp_path / "a.npz")
 
 
 @pytest.mark.parametrize(

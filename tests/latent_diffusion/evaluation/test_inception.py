@@ -227,6 +227,6 @@ def test_weights_are_found_in_the_usual_folders(weight_file, network, tmp_path, 
 def test_without_weights_it_is_said_how_to_get_them(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(
-        InputError, match=rf"pretrained_models or models; name them with --weights, .* -o .*{PUBLISHED_FILE}"
+        InputError, match=rf"pretrained_models or models; name them with --weights .* -o .*{PUBLISHED_FILE}"
     ):
         load_network()

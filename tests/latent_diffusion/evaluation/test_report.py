@@ -52,11 +52,12 @@ def test_all_figures_are_those_of_the_metrics(sides, extractor):
 
 def test_saved_statistics_stand_for_their_images(tmp_path, extractor, work):
     folder = write_folder(tmp_path / "real", random_images(30))
-    reference = open_side(folder, extractor, work)
+    reference = open_side(folder, extractor, work).extract()
     save_statistics(tmp_path / "real.npz", extractor, reference)
     saved, samples = open_side(tmp_path / "real.npz", extractor, work), side_of("fake", extractor(random_images(30, 1)))
     by_images, by_statistics = (report.compare(side, samples, extractor) for side in (reference, saved))
-    assert saved.count == 30
+    assert (saved.count, saved.moments_count) == (None, 30)
+    assert saved.fingerprint != reference.fingerprint
     assert by_statistics.figures["fid"] == by_images.figures["fid"]
     assert by_statistics.figures["sfid"] == by_images.figures["sfid"]
     assert by_statistics.figures["inception_score"] == by_images.figures["inception_score"]
@@ -69,7 +70,7 @@ def test_the_score_of_images_in_class_folders_does_not_depend_on_their_order(tmp
     for label in range(4):
         images = np.full((20, 8, 8, 3), 60 * label, np.uint8) + random_images(20, label) // 16
         write_folder(tmp_path / "images" / str(label), images)
-    side = open_side(tmp_path / "images", extractor, work)
+    side = open_side(tmp_path / "images", extractor, work).extract()
     found = report.compare(side, side, extractor).figures["inception_score"]
     consecutive, whole = (inception_score(side.features["logits"], splits)[0] for splits in (10, 1))
     assert abs(found - whole) < 0.3 * abs(consecutive - whole)
@@ -83,6 +84,8 @@ def test_a_file_of_images_and_statistics_gives_each_figure_what_it_needs(tmp_pat
     )
     side = open_side(tmp_path / "adm.npz", extractor, work)
     assert np.array_equal(side.moments("features").mean, np.full(4, 9.0))
+    assert extractor.images == 0
+    assert (side.extract().count, side.moments_count) == (20, None)
     assert np.allclose(side.features["features"], extractor(pixels)["features"], atol=1e-6)
 
 
@@ -112,21 +115,33 @@ def test_an_extractor_without_an_output_leaves_its_figures_out(extractor):
     assert found.missing.keys() == {"sfid", "inception_score"}
 
 
-def test_the_table_shows_figures_spreads_and_reasons(extractor):
-    found = report.Report({"fid": 2.27, "kid": 0.0012, "kid_standard_error": 0.0003}, {"sfid": "there is none"})
-    assert report.table(found, extractor).splitlines() == [
+def test_the_table_shows_figures_spreads_reasons_and_numbers(extractor):
+    found = report.Report(
+        {"fid": 2.27, "kid": 0.0012, "kid_standard_error": 0.0003, "kid_subset_size": 20}, {"sfid": "there is none"}
+    )
+    sides = Side("a", saved={"features": None}), side_of("b", {"features": np.zeros((40, 4))})
+    assert report.table(found, *sides, extractor).splitlines() == [
         "Frechet distance (averages)      2.2700",
         "sFID                                  -  there is none",
-        "KID                              0.0012 ± 0.0003",
+        "KID                            0.001200 ± 0.000300 (subsets of 20)",
+        "images                       a saved statistics of an unknown number, b 40",
     ]
 
 
 def test_too_few_images_for_the_distance_are_noted(extractor):
-    few = Side("few", {}, 4)
-    enough, unknown = Side("enough", {}, 5), Side("unknown", {}, None)
+    few, enough = (side_of("few", {"features": np.zeros((count, 4))}) for count in (4, 5))
     (note,) = report.notes(few, enough, extractor)
-    assert note.startswith("few has 4 images, fewer than its features have dimensions (4)")
-    assert report.notes(unknown, enough, extractor) == []
+    assert note.startswith("few has 4 images, not more than its features have dimensions (4)")
+    assert report.notes(Side("unknown", saved={"features": None}), enough, extractor) == []
+
+
+def test_images_of_other_sizes_are_noted(tmp_path, extractor, work):
+    sides = [
+        open_side(write_folder(tmp_path / str(size), random_images(9, size=size)), extractor, work) for size in (8, 16)
+    ]
+    (note,) = report.notes(*sides, extractor)
+    assert "have 8x8 and 16x16 pixels; --image-size" in note
+    assert report.notes(sides[0], sides[0], extractor) == []
 
 
 def test_the_file_says_what_was_compared(tmp_path, sides, extractor):

@@ -39,6 +39,14 @@ def test_statistics_are_told_from_images(tmp_path):
     assert [has_statistics(tmp_path / name) for name in names] == [False, True, False, False]
 
 
+def test_the_fingerprint_is_that_of_the_moments(tmp_path, extractor):
+    for name, count in (("a.npz", 20), ("b.npz", 30)):
+        write_statistics(tmp_path / name, extractor, MOMENTS, count)
+    write_statistics(tmp_path / "c.npz", extractor, {"features": MOMENTS["features"]}, 20)
+    prints = [read_statistics(tmp_path / name, extractor).fingerprint for name in ("a.npz", "b.npz", "c.npz")]
+    assert prints[0] == prints[1] != prints[2]
+
+
 def test_statistics_of_another_extractor_are_refused(tmp_path, extractor):
     write_statistics(tmp_path / "a.npz", extractor, MOMENTS, 20)
     extractor.identity = "averages-2"
@@ -49,11 +57,14 @@ def test_statistics_of_another_extractor_are_refused(tmp_path, extractor):
 @pytest.mark.parametrize(
     ("arrays", "message"),
     [
-        ({"mu": np.zeros(4)}, "has mu and no sigma"),
-        ({"mu": np.zeros(5), "sigma": np.eye(5)}, r"mu in .* is float64 \[5\], but the extractor's is \[4\]"),
+        ({"mu": np.zeros(4)}, "holds no array sigma"),
+        ({"mu": np.zeros(5), "sigma": np.eye(5)}, r"mu in .* is float64 \[5\], where \[4\] was expected"),
         ({"mu": np.zeros(4), "sigma": np.eye(3)}, r"sigma in .* is float64 \[3, 3\]"),
         ({"mu": np.full(4, np.nan), "sigma": np.eye(4)}, "mu in .* not finite"),
-        ({"mu": np.array([None] * 4), "sigma": np.eye(4)}, "cannot read the statistics"),  # a pickle
+        ({"mu": np.array([None] * 4), "sigma": np.eye(4)}, "cannot read mu of .*: it holds objects"),  # a pickle
+        ({"mu": np.zeros(4), "sigma": np.eye(4), "count": np.array("abc")}, "count in .* is <U3"),
+        ({"mu": np.zeros(4), "sigma": np.eye(4), "count": np.array([1, 2])}, r"count in .* is int64 \[2\]"),
+        ({"mu": np.zeros(4), "sigma": np.eye(4), "extractor": np.array("a" * 9999)}, "extractor in .* is <U9999"),
     ],
 )
 def test_damaged_statistics_are_named(tmp_path, extractor, arrays, message):

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from latent_diffusion.errors import InputError
+from latent_diffusion.errors import InputError, NotFiniteError
 from latent_diffusion.evaluation.sampled_images import SampledImages
 from latent_diffusion.evaluation.sweep import COLUMNS, Row, Setting, Table, grid
 from latent_diffusion.evaluation.sweep_plot import plot
@@ -39,10 +39,12 @@ def test_settings_have_names():
 
 def test_a_table_is_read_as_it_was_written(table):
     table.append(row(SETTINGS[3], score=math.nan))
+    table.append(Row.empty(SETTINGS[4]))
     again = Table(table.path)
+    assert again.rows[4].setting == SETTINGS[4] and math.isnan(again.rows[4].fid)
     assert again.rows[:3] == table.rows[:3] == [row(setting) for setting in SETTINGS[:3]]
     assert math.isnan(again.rows[3].inception_score) and again.rows[3].setting == SETTINGS[3]
-    assert [setting in again for setting in SETTINGS[:5]] == [True] * 4 + [False]
+    assert [setting in again for setting in SETTINGS[:6]] == [True] * 5 + [False]
 
 
 def test_a_row_is_there_whole_or_not_at_all(table, monkeypatch):
@@ -118,6 +120,20 @@ def test_the_picture_shows_guidance_and_steps(curves, tmp_path):
         assert np.asarray(picture.convert("L")).std() > 10
 
 
+def test_the_picture_passes_over_rows_without_figures(curves, tmp_path):
+    rows = [Row.empty(SETTINGS[0]), *(row(setting) for setting in SETTINGS[1:3])]
+    title, ((x, _, guidance, _), (_, _, steps, _)) = curves(rows, tmp_path / "sweep.png")
+    assert title == "Lowest FID: 1.62 with ddim, 25 steps, scale 1.5" and x == "Inception Score"
+    assert guidance == {((9.5, 1.62), (9.5, 4.12))} and steps == {((25, 1.62),), ((25, 4.12),)}
+    assert curves(rows[:1], tmp_path / "empty.png")[0] == "no setting has figures"
+
+
+def test_the_points_of_one_curve_are_labeled(curves, tmp_path):
+    for rows in (SETTINGS, SETTINGS[::-1]):
+        _, ((*_, texts), _) = curves([row(setting) for setting in rows], tmp_path / "sweep.png")
+        assert texts == ["1", "1.5", "4"]
+
+
 def test_without_a_score_the_picture_shows_the_scale(curves, tmp_path):
     _, ((x, title, guidance, texts), _) = curves([row(s, math.nan) for s in SETTINGS[:3]], tmp_path / "sweep.png")
     assert x == "guidance scale" and "no Inception Score" in title and not texts
@@ -133,3 +149,13 @@ def test_sampled_images_are_drawn_when_they_are_asked_for(tmp_path):
     assert images.count == 5 and not drawn
     assert [(batch, len(found)) for batch, found in reader] == [(range(2), 2), (range(4, 5), 1)]
     assert drawn == [range(2), range(4, 5)] and len(images.times) == 2 and min(images.times) >= 0
+
+
+def test_sampled_images_end_before_those_that_are_not_finite(tmp_path):
+    def draw(batch):
+        if 2 in batch:
+            raise NotFiniteError("not finite")
+        return np.zeros((len(batch),))
+
+    images = SampledImages(tmp_path / "ddim", 6, "setting", draw)
+    assert [batch for batch, _ in images.read_ahead([range(2), range(2, 4), range(4, 6)])] == [range(2)]

@@ -1,4 +1,5 @@
 import json
+import shutil
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -12,7 +13,9 @@ from latent_diffusion.errors import InputError, NotFiniteError
 from latent_diffusion.evaluation import training
 from latent_diffusion.evaluation.extractors import Pixels
 from latent_diffusion.evaluation.flags import EvaluationFlags
+from latent_diffusion.evaluation.image_set import open_images
 from latent_diffusion.evaluation.metrics import frechet_distance, moments
+from latent_diffusion.evaluation.side import Side
 from latent_diffusion.evaluation.training import SampleMaker, TrainingEvaluation, open_evaluation
 from latent_diffusion.images import center_crop
 from latent_diffusion.weights import read_weights
@@ -66,11 +69,11 @@ def draw() -> Draw:
 
 @pytest.fixture
 def make(tmp_path, reference, draw):
-    """`make(samples)`: an evaluation every 5 steps that keeps the best of tmp_path/run."""
+    """`make(samples, path, **settings)`: an evaluation every 5 steps that keeps the best of tmp_path/run."""
 
-    def open_it(samples: int = SAMPLES) -> TrainingEvaluation:
-        flags = EvaluationFlags(5, samples, reference, "pixels", None)
-        maker = SampleMaker(draw, sampling_steps=3, crop_to=(16, center_crop))
+    def open_it(samples: int = SAMPLES, path: Path = reference, **settings: str) -> TrainingEvaluation:
+        flags = EvaluationFlags(5, samples, path, "pixels", None)
+        maker = SampleMaker(draw, {"sampling_steps": 3} | settings, crop_to=(16, center_crop))
         evaluation = open_evaluation(flags, lambda: maker, tmp_path)
         evaluation.keep_best_in(tmp_path / "run")
         return evaluation
@@ -129,7 +132,7 @@ def test_the_best_weights_are_kept_and_replaced_by_better_ones_only(make, tmp_pa
         "step": 10,
         "fid": pytest.approx(by_hand(reference, 46)),
         "samples": 70,
-        "reference": str(reference),
+        "reference": open_images(reference, (16, center_crop)).fingerprint,
         "extractor": "pixels",
         "sampling_steps": 3,
     }
@@ -154,6 +157,31 @@ def test_a_best_of_other_settings_is_not_compared_with(make):
     make().run(5, Net(), None)
     with pytest.raises(InputError, match="best was chosen with samples 70, not 71; give the flags as before"):
         make(71)
+
+
+def test_a_best_of_another_reference_is_not_compared_with(make, reference):
+    make().run(5, Net(), None)
+    make(path=reference.parent / ".." / reference.parent.name / reference.name)
+    np.savez(reference, arr_0=np.stack([noise(i, 50) for i in range(301)]))
+    with pytest.raises(InputError, match="best was chosen with reference '.*', not '.*'; give the flags as before"):
+        make()
+
+
+def test_a_best_of_other_captions_is_not_compared_with(make):
+    make(captions="a").run(5, Net(), None)
+    with pytest.raises(InputError, match="best was chosen with captions 'a', not 'b'; give the flags as before"):
+        make(captions="b")
+
+
+def test_with_saved_statistics_no_features_of_the_reference_are_made(make, reference, monkeypatch):
+    with np.load(reference) as file:
+        images = file["arr_0"]
+    expected = make().run(5, Net(), None).distance
+    real = moments(Pixels()(images)["features"])
+    np.savez(reference, arr_0=images, mu=real.mean, sigma=real.covariance)
+    monkeypatch.setattr(Side, "extract", pytest.fail)
+    shutil.rmtree(reference.parent / "run")
+    assert make().run(5, Net(), None).distance == pytest.approx(expected, rel=1e-9)
 
 
 def test_another_folder_of_that_name_is_refused_before_training(make, tmp_path):
@@ -182,14 +210,15 @@ def test_any_other_failure_ends_the_run(make, draw, monkeypatch):
         make().run(5, Net(), None)
 
 
-def test_an_evaluation_is_due_at_multiples(make):
+@pytest.mark.parametrize(("last", "expected"), [(15, [5, 10, 15]), (12, [5, 10, 12]), (3, [3])])
+def test_an_evaluation_is_due_at_multiples_and_at_the_last_step(make, last, expected):
     evaluation = make()
-    assert [step for step in range(1, 16) if evaluation.due(step)] == [5, 10, 15]
+    assert [step for step in range(1, last + 1) if evaluation.due(step, last)] == expected
 
 
 def test_few_samples_are_noted(make):
     (note,) = make().notes
-    assert note.startswith("each evaluation has 70 images, fewer than its features have dimensions (192)")
+    assert note.startswith("each evaluation has 70 images, not more than its features have dimensions (192)")
 
 
 def test_without_steps_there_is_no_evaluation(tmp_path):
@@ -199,7 +228,7 @@ def test_without_steps_there_is_no_evaluation(tmp_path):
 def test_a_reference_that_nothing_can_be_compared_with_is_refused_before_training(tmp_path, draw):
     np.savez(tmp_path / "one.npz", arr_0=np.zeros((1, 16, 16, 3), np.uint8))
     np.savez(tmp_path / "damaged.npz", mu=np.zeros(192), sigma=np.diag(np.full(192, -1.0)))
-    maker = SampleMaker(draw, 3, (16, center_crop))
+    maker = SampleMaker(draw, {}, (16, center_crop))
     for name, reason in (("one", "there are 1 of the images"), ("damaged", "negative eigenvalues")):
         flags = EvaluationFlags(5, 70, tmp_path / f"{name}.npz", "pixels", None)
         with pytest.raises(InputError, match=rf"--eval_reference .*{name}\.npz is of no use: .*{reason}"):
@@ -210,7 +239,7 @@ def test_images_of_the_reference_are_brought_to_the_size_of_the_samples(tmp_path
     images = np.stack([noise(i, 50) for i in range(99)])
     np.savez(tmp_path / "same.npz", arr_0=images)
     np.savez(tmp_path / "wider.npz", arr_0=np.pad(images, ((0, 0), (0, 0), (4, 4), (0, 0))))
-    maker = SampleMaker(draw, 3, (16, center_crop))
+    maker = SampleMaker(draw, {}, (16, center_crop))
     distances = []
     for name in ("same", "wider"):
         flags = EvaluationFlags(5, 70, tmp_path / f"{name}.npz", "pixels", None)
