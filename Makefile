@@ -12,8 +12,9 @@ demo: $(VENV)/installed
 demo-t2i: $(VENV)/installed
 	$(VENV)/bin/python -m demo.text_to_image
 
+# A file's tests stay in one process, since they share what is made once; a thread each leaves the cores to both.
 test: $(VENV)/installed-dev
-	$(VENV)/bin/python -m pytest
+	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile
 
 install: $(VENV)/installed
 

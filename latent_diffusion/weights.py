@@ -16,7 +16,7 @@ import pickle
 import re
 import stat
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -44,6 +44,28 @@ _SPLIT_ARRAYS = "UnpackBigParamInfor@@"
 
 # Where a file that `write_torch` or `write_safetensors` wrote keeps the configuration of its weights.
 _CONFIG_RECORD = "config.json"
+
+
+def find_published(names: Sequence[str], network: str, address: str) -> Path:
+    """Published weights of an extractor of features, in the folders where they are kept.
+
+    Args:
+        names: of the file, the usual one first.
+        network: names it in the error.
+        address: folder on the web from which people get the first file.
+
+    Raises:
+        InputError: there is none.
+    """
+    candidates = [folder / name for folder in WEIGHT_FOLDERS for name in names]
+    found = next((path for path in candidates if path.is_file()), None)
+    if found is None:
+        raise InputError(
+            f"found no weights of {network}, usually {names[0]}, in {' or '.join(map(str, WEIGHT_FOLDERS))}; name them "
+            f"with --weights (in training --eval_weights), or get them with: curl -L --create-dirs -o {candidates[0]} "
+            f"{address}/{names[0]}"
+        )
+    return found
 
 
 def read_weights(path: str | os.PathLike) -> dict[str, np.ndarray]:

@@ -19,7 +19,7 @@ from ..hub import existing_file
 from ..ops import Linear
 from ..pretrained import checksum, plain_weights
 from ..transformer import Mlp, PatchEmbed
-from ..weights import WEIGHT_FOLDERS, read_weights, transpose_linear
+from ..weights import find_published, read_weights, transpose_linear
 from .extractor import Extractor
 
 PUBLISHED_FILE = "dinov2_vitl14_pretrain.pth"
@@ -149,7 +149,9 @@ def load_dinov2(weights: Path | None = None) -> DINOv2:
     Raises:
         InputError: there is none, it cannot be read, or it holds other weights.
     """
-    path = _find_weights(weights)
+    path = weights or find_published([PUBLISHED_FILE], "DINOv2", PUBLISHED_ADDRESS)
+    if path.is_dir():
+        path = existing_file(path, FOLDER_FILES, "DINOv2")
     state = plain_weights(read_weights(path))
     if any(name.startswith("embeddings.") for name in state):
         state = _official_names(state)
@@ -158,18 +160,6 @@ def load_dinov2(weights: Path | None = None) -> DINOv2:
     state["pos_embed"] = _fit_positions(state["pos_embed"], antialias=network.register_tokens is not None, path=path)
     set_weights(network, transpose_linear(state), path)
     return DINOv2(network)
-
-
-def _find_weights(weights: Path | None) -> Path:
-    candidates = [folder / PUBLISHED_FILE for folder in WEIGHT_FOLDERS] if weights is None else [weights]
-    path = next((path for path in candidates if path.exists()), None)
-    if path is None:
-        raise InputError(
-            f"found no weights of DINOv2 at {' or '.join(map(str, candidates))}; name them with --weights (in training "
-            f"--eval_weights), or get them with: curl -L --create-dirs -o {WEIGHT_FOLDERS[0] / PUBLISHED_FILE} "
-            f"{PUBLISHED_ADDRESS}/{PUBLISHED_FILE}"
-        )
-    return existing_file(path, FOLDER_FILES, "DINOv2") if path.is_dir() else path
 
 
 # Names of transformers' `Dinov2Model` and what the official code has for them.

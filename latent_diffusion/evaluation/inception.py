@@ -13,9 +13,8 @@ from paddle import nn
 from paddle.nn import functional as F
 
 from ..checkpoint import set_weights
-from ..errors import InputError
 from ..pretrained import checksum, plain_weights
-from ..weights import WEIGHT_FOLDERS, read_weights, transpose_linear
+from ..weights import find_published, read_weights, transpose_linear
 from .compiled import compiled
 from .extractor import Extractor
 
@@ -277,7 +276,7 @@ def load_network(weights: Path | None = None) -> InceptionNetwork:
     Raises:
         InputError: there is none, it cannot be read, or it holds other weights.
     """
-    path = weights or _find_weights()
+    path = weights or find_published(FILE_NAMES, "the Inception network", PUBLISHED_ADDRESS)
     network = InceptionNetwork()
     set_weights(network, transpose_linear(_without_unused(plain_weights(read_weights(path)))), path)
     return network
@@ -290,15 +289,3 @@ def _without_unused(weights: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
         for name, value in weights.items()
         if not name.startswith("AuxLogits.") and not name.endswith(".num_batches_tracked")
     }
-
-
-def _find_weights() -> Path:
-    candidates = [folder / name for folder in WEIGHT_FOLDERS for name in FILE_NAMES]
-    found = next((path for path in candidates if path.is_file()), None)
-    if found is None:
-        raise InputError(
-            f"found no weights of the Inception network, usually {PUBLISHED_FILE}, in "
-            f"{' or '.join(map(str, WEIGHT_FOLDERS))}; name them with --weights (in training --eval_weights), or get "
-            f"them with: curl -L --create-dirs -o {candidates[0]} {PUBLISHED_ADDRESS}/{PUBLISHED_FILE}"
-        )
-    return found

@@ -5,6 +5,8 @@ import os
 import shutil
 import subprocess
 import sys
+import textwrap
+from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -85,6 +87,43 @@ def run_all(commands: dict[str, Command]) -> dict[str, Result]:
     """Runs commands that do not depend on each other, two at a time."""
     with ThreadPoolExecutor(2) as pool:
         return dict(zip(commands, pool.map(run, commands.values()), strict=True))
+
+
+# What `in_turn` runs; {between} is done before the second command.
+IN_TURN = """
+import contextlib, io, json, runpy, sys
+from pathlib import Path
+results = []
+for number, sys.argv in enumerate(json.loads(sys.argv[1])):
+    if number == 1:
+{between}
+    out, err, code = io.StringIO(), io.StringIO(), 0
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        try:
+            runpy.run_path(sys.argv[0], run_name="__main__")
+        except SystemExit as end:
+            code = end.code
+    results.append([code, out.getvalue(), err.getvalue()])
+print(json.dumps(results))
+"""
+
+
+def in_turn(commands: Iterable[Sequence[object]], folder: Path, between: str) -> Command:
+    """Scripts with their arguments, run one after another in one process, since imports take most of the time.
+
+    Args:
+        commands: what each of them is to find in `sys.argv`.
+        folder: where they are run.
+        between: Python code that is run before the second.
+    """
+    words = json.dumps([[str(word) for word in command] for command in commands])
+    code = IN_TURN.format(between=textwrap.indent(textwrap.dedent(between).strip(), " " * 8))
+    return Command(["-c", code, words], folder, variables={"PYTHONPATH": str(REPOSITORY)})
+
+
+def ends(done: Result) -> list[Result]:
+    """How each of the commands of `in_turn` ended."""
+    return [Result(*end) for end in json.loads(done.ok().out)]
 
 
 def write_features(root: Path, count: int) -> Path:

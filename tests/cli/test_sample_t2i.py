@@ -15,7 +15,7 @@ from uvit_ldm.pretrained import read_pretrained
 from uvit_ldm.prompts import Prompts
 from uvit_ldm.sampling import make_sampler
 
-from .commands import LAUNCH, REPOSITORY, TINY, Command, Result, run_all
+from .commands import LAUNCH, REPOSITORY, TINY, Command, Result, ends, in_turn, run_all
 
 SAMPLE = str(REPOSITORY / "sample_t2i.py")
 PROMPTS = ["the cat", "the digit 3", "a dog on the grass"]
@@ -31,24 +31,12 @@ OWN = (SAMPLE, *WEIGHTS, "--num-fid-samples", 5, "--per-proc-batch-size", 2)
 MANY = (*OWN, "--prompts", "prompts.txt")
 NAME = "UViT-4x64-2-nnet-prompts-prompts-size-64-vae-vae-cfg-2.0-seed-5"
 
-# In one process, as imports take most of the time. Two images are lost before the second command.
-IN_TURN = """
-import contextlib, io, json, pathlib, runpy, sys
-results = []
-for number, sys.argv in enumerate(json.loads(sys.argv[1])):
-    if number == 1:
-        (archive,) = pathlib.Path("one").glob("*.npz")
-        archive.rename("first.npz")
-        for index in (1, 4):
-            (archive.with_suffix("") / f"{index:06d}.png").unlink()
-    out, err, code = io.StringIO(), io.StringIO(), 0
-    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-        try:
-            runpy.run_path(sys.argv[0], run_name="__main__")
-        except SystemExit as end:
-            code = end.code
-    results.append([code, out.getvalue(), err.getvalue()])
-print(json.dumps(results))
+# Two images are lost before the second command.
+LOST = """
+    (archive,) = Path("one").glob("*.npz")
+    archive.rename("first.npz")
+    for index in (1, 4):
+        (archive.with_suffix("") / f"{index:06d}.png").unlink()
 """
 RUNS = {
     "one": (*MANY, "--sample-dir", "one"),
@@ -91,12 +79,9 @@ def folder(tmp_path_factory, vae_folder, coco_clip_folder) -> Path:
 @pytest.fixture(scope="module")
 def results(folder) -> dict[str, Result]:
     commands = RUNS | {name: words for name, (words, _) in BAD.items()}
-    in_turn = json.dumps([[str(word) for word in words] for words in commands.values()])
     launched = [str(word) for word in (*LAUNCH, *MANY, "--sample-dir", "two")]
-    in_one_process = Command(["-c", IN_TURN, in_turn], folder, variables={"PYTHONPATH": str(REPOSITORY)})
-    done = run_all({"in turn": in_one_process, "two": Command(launched, folder)})
-    each = json.loads(done["in turn"].ok().out)
-    return {"two": done["two"].ok()} | {name: Result(*end) for name, end in zip(commands, each, strict=True)}
+    done = run_all({"in turn": in_turn(commands.values(), folder, LOST), "two": Command(launched, folder)})
+    return {"two": done["two"].ok()} | dict(zip(commands, ends(done["in turn"]), strict=True))
 
 
 def images(path: Path) -> np.ndarray:

@@ -20,7 +20,7 @@ from latent_diffusion.evaluation.side import side_of
 from latent_diffusion.evaluation.sweep import COMPARED
 from latent_diffusion.vae import load_vae
 
-from .commands import LAUNCH, REPOSITORY, TINY, Command, Result, run_all
+from .commands import LAUNCH, REPOSITORY, TINY, Command, Result, ends, in_turn, run_all
 
 SWEEP = str(REPOSITORY / "scripts" / "sweep_sampling.py")
 DATA = REPOSITORY / "tests" / "data"
@@ -34,22 +34,11 @@ UVIT_GRID = ("--samplers", "ddim", "dpm-solver++", "--steps", 2, "--cfg-scales",
 # Of that scale samples are not finite.
 HUGE = ("--cfg-scales", "1e38", 2)
 
-# In one process, as imports take most of the time. The last row is lost before the second command.
-IN_TURN = """
-import contextlib, io, json, pathlib, runpy, sys
-results, table = [], pathlib.Path("sweep/sweep.csv")
-for number, sys.argv in enumerate(json.loads(sys.argv[1])):
-    if number == 1:
-        table.with_name("whole.csv").write_bytes(table.read_bytes())
-        table.write_text("".join(table.read_text().splitlines(keepends=True)[:-1]))
-    out, err, code = io.StringIO(), io.StringIO(), 0
-    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-        try:
-            runpy.run_path(sys.argv[0], run_name="__main__")
-        except SystemExit as end:
-            code = end.code
-    results.append([code, out.getvalue(), err.getvalue()])
-print(json.dumps(results))
+# The last row is lost before the second command.
+LOST = """
+    table = Path("sweep/sweep.csv")
+    table.with_name("whole.csv").write_bytes(table.read_bytes())
+    table.write_text("".join(table.read_text().splitlines(keepends=True)[:-1]))
 """
 SWEEPS = {
     "dit": (*DIT, *GRID),
@@ -98,11 +87,9 @@ def folder(tmp_path_factory, vae_folder) -> Path:
 @pytest.fixture(scope="module")
 def results(folder) -> dict[str, Result]:
     commands = SWEEPS | {name: words for name, (words, _) in BAD.items()}
-    in_turn = json.dumps([[str(word) for word in words] for words in commands.values()])
     launched = [str(word) for word in (*LAUNCH, *UVIT, *UVIT_GRID, *HUGE, "--output-dir", "two")]
-    done = run_all({"in turn": Command(["-c", IN_TURN, in_turn], folder), "two": Command(launched, folder)})
-    each = json.loads(done["in turn"].ok().out)
-    return {"two": done["two"].ok()} | {name: Result(*end) for name, end in zip(commands, each, strict=True)}
+    done = run_all({"in turn": in_turn(commands.values(), folder, LOST), "two": Command(launched, folder)})
+    return {"two": done["two"].ok()} | dict(zip(commands, ends(done["in turn"]), strict=True))
 
 
 def rows(path: Path) -> list[dict[str, float | str]]:
