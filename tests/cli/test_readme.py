@@ -17,6 +17,7 @@ from dit.modeling import DiT
 from dit.official import save_official
 from uvit_ldm.configuration import UViTConfig
 
+from ..latent_diffusion.evaluation.test_clip_score import write_whole_clip
 from . import test_uvit
 from .commands import REPOSITORY, TINY, Command, Result, run, run_all
 
@@ -52,7 +53,16 @@ NOT_RUN = {
     ),
     "curl -L --create-dirs -o pretrained_models/DiT-XL-2-256x256.pt "
     "https://dl.fbaipublicfiles.com/DiT/models/DiT-XL-2-256x256.pt": "needs the network",
+    "curl -L --create-dirs -o pretrained_models/pt_inception-2015-12-05-6726825d.pth "
+    "https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/pt_inception-2015-12-05-6726825d.pth": (
+        "needs the network"
+    ),
     "python -m demo.merging": "needs what both demos leave behind",
+    "python scripts/sweep_sampling.py --ckpt output/demo/training --vae output/demo/vae "
+    "--reference data/demo/images/train --extractor digits-classifier --cfg-scales 1 1.5 2 3 4 --steps 10 25 50 "
+    "--guidance-intervals 0:1 0.2:0.8 --num-samples 360 --output-dir output/demo/sweep": (
+        "needs what the demo leaves behind"
+    ),
     "python benchmarks/scaling.py": "takes half a minute: four runs of the Trainer, two of them with two processes",
 }
 NOT_RUN |= dict.fromkeys(commands_in(test_uvit.TRAINING + test_uvit.EXPORT), "tests/cli/test_uvit.py runs it")
@@ -71,12 +81,14 @@ TRAIN, LOOP = "train_image_generation_dit_trainer.py", "train.py"
 SAMPLE, SAMPLE_MANY = "sample.py", "sample_ddp.py"
 EXPORT, EXPORT_OFFICIAL = "scripts/convert_dit_to_ppdiffusers.py", "scripts/convert_ppdiffusers_to_dit.py"
 EXTRACT_COCO, TRAIN_UVIT = "extract_coco_features.py", "run_train_ldm_uvit_small_deep.sh"
-EXPORT_UVIT = "generate_pipelines.py"
+EXPORT_UVIT, SAMPLE_T2I = "generate_pipelines.py", "sample_t2i.py"
+EVALUATE, SWEEP = "evaluate.py", "scripts/sweep_sampling.py"
 BENCHMARKS = (
     "benchmarks/training.py",
     "benchmarks/features.py",
     "benchmarks/sampling.py",
     "benchmarks/token_merging.py",
+    "benchmarks/evaluation.py",
 )
 
 # What is added to a command, by its script: the last of two equal flags counts.
@@ -84,7 +96,8 @@ FEW_STEPS = ("--num-sampling-steps", "2", "--vae", "vae")
 ADDED = {
     EXTRACT: ("--vae", "vae"),
     CONVERT_FEATURES: (),
-    TRAIN: ("--config_file", "tiny.json", "--max_steps", "4", "--vae_name_or_path", "vae"),
+    TRAIN: ("--config_file", "tiny.json", "--max_steps", "4", "--vae_name_or_path", "vae")
+    + ("--eval_extractor", "pixels", "--eval_samples", "4", "--num_inference_steps", "2"),
     LOOP: ("--max-steps", "2", "--global-batch-size", "2", "--num-workers", "1", "--vae", "vae"),
     SAMPLE: FEW_STEPS,
     SAMPLE_MANY: (*FEW_STEPS, "--num-fid-samples", "3", "--ckpt", "pretrained_models/DiT-XL-2-256x256.pt"),
@@ -94,10 +107,16 @@ ADDED = {
     TRAIN_UVIT: ("--unet_config_file", "tiny_uvit.json", "--max_steps", "4", "--save_steps", "4", "--warmup_steps", "1")
     + ("--per_device_train_batch_size", "2", "--dataloader_num_workers", "0"),
     EXPORT_UVIT: ("--model_max_length", "7"),
+    SAMPLE_T2I: ("--num-sampling-steps", "2", "--num-fid-samples", "3"),
+    EVALUATE: ("--extractor", "pixels"),
+    SWEEP: ("--extractor", "pixels", "--vae", "vae", "--cfg-scales", "1", "2", "--steps", "2", "--samplers", "ddim")
+    + ("--num-samples", "2", "--batch-size", "2"),
     "benchmarks/training.py": ("--model", "tiny.json", "--image-size", "256", "--global-batch-size", "2")
     + ("--steps", "1", "--num-workers", "1", "--vae", "vae"),
     "benchmarks/features.py": ("--image-size", "64", "--images", "2", "--features", "32"),
     "benchmarks/sampling.py": ("--model", "DiT-S/8", "--image-size", "64", "--num-sampling-steps", "1"),
+    "benchmarks/evaluation.py": ("--image-size", "64", "--batch-size", "2", "--rounds", "1", "--features", "64")
+    + ("--images", "16"),
     "benchmarks/token_merging.py": (
         "--dit",
         "tiny.json",
@@ -115,8 +134,8 @@ ON_THE_CPU = {"PYTHON": sys.executable, "GPUS": ""}
 STAGES = (
     {EXTRACT, EXTRACT_COCO},
     {CONVERT_FEATURES, TRAIN, LOOP, TRAIN_UVIT},
-    {SAMPLE, SAMPLE_MANY, EXPORT, EXPORT_UVIT},
-    {EXPORT_OFFICIAL, *BENCHMARKS},
+    {SAMPLE, SAMPLE_MANY, EXPORT, EXPORT_UVIT, EVALUATE, SWEEP},
+    {EXPORT_OFFICIAL, SAMPLE_T2I, *BENCHMARKS},
 )
 # What is added to a command that names a model, itself or in a file; the first that fits.
 TINY_MODELS = {"--num-classes 10 ": "tiny_10.json", " --model ": "tiny.json", " -c ": "tiny.json"}
@@ -146,6 +165,12 @@ WRITTEN = (
     "output_dir/uvit_t2i_small_deep/checkpoint-4",
     "output_dir/uvit_t2i_mid/checkpoint-4",
     "ldm_uvit_stock/text_encoder/model_config.json",
+    "samples/*-prompts-prompts-size-256-*.prompts.txt",
+    "samples/*-prompts-captions_val2014-size-256-*.npz",
+    "samples/DiT-XL-2-pretrained-size-256-vae-ema-cfg-1.5-seed-0.pixels.json",
+    "imagenet256_val.npz",
+    "sweep/sweep.csv",
+    "sweep/sweep.png",
 )
 
 # Flags of the launcher, VisualDL, pip, curl, accelerate and other code bases, and what argparse makes of `--help` and
@@ -154,11 +179,13 @@ FOREIGN_FLAGS = {"--nproc_per_node", "--use_env", "--ips", "--master", "--host",
 FOREIGN_FLAGS |= {"--logdir", "--language", "--disable-telemetry", "--upgrade", "--extra-index-url", "--create-dirs"}
 FOREIGN_FLAGS |= {"--mixed_precision", "--help", "--no-tf32"}
 FOREIGN_FLAGS |= {"--gpus", "--config", "--nnet_path", "--uvit_config_file", "--tokenizer_name", "--dp_degree"}
+FOREIGN_FLAGS |= {"--save-stats", "--input1", "--input2", "--fid", "--kid", "--isc", "--prc"}
 FOREIGN_FLAGS |= {"--prediction_type", "--noise_offset", "--train_text_encoder"}
 
 # Files of other code bases that the READMEs name.
 FOREIGN_FILES = {"models.py", "train_txt2img_mscoco_uvit_trainer.py"}
 FOREIGN_FILES |= {"train_t2i_discrete.py", "sample_t2i_discrete.py", "dpm_solver_pp.py"}
+FOREIGN_FILES |= {"evaluations/evaluator.py"}
 FOREIGN_FILES |= {f"scripts/extract_{name}.py" for name in ("mscoco_feature", "empty_feature", "test_prompt_feature")}
 FOLDERS = ("benchmarks", "config", "demo", "dit", "docs", "latent_diffusion", "requirements", "scripts", "tests")
 FOLDERS += ("uvit_ldm",)
@@ -246,20 +273,42 @@ def mirror(tmp_path_factory, vae_folder, coco_clip_folder) -> Path:
         for i in range(2):
             pixels = rng.integers(0, 256, (64, 80, 3), dtype=np.uint8)
             Image.fromarray(pixels).save(folder / f"imagenet/train/{label}/{i}.png")
+    (folder / "imagenet/val").symlink_to("train")
     write_coco(folder / "coco")
     (folder / "prompts.txt").write_text("the cat\nthe dog\n")
+    write_evaluated(folder, coco_clip_folder)
     return folder
+
+
+def write_evaluated(folder: Path, clip_folder: Path) -> None:
+    """Samples and references of the names that `evaluate.py` is given, and a CLIP."""
+    images = np.random.default_rng(1).integers(0, 256, (6, 32, 32, 3), dtype=np.uint8)
+    (folder / "samples").mkdir()
+    for command in readme_commands():
+        if script_of(command) == EVALUATE and (name := re.search(r"--samples (\S+?)(?:\.npz)?( |$)", command)):
+            np.savez(folder / f"{name[1]}.npz", arr_0=images)
+            (folder / f"{name[1]}.prompts.txt").write_text("the cat\n" * len(images))
+            (folder / name[1]).mkdir(exist_ok=True)
+            for number, image in enumerate(images):
+                Image.fromarray(image).save(folder / name[1] / f"{number:06d}.png")
+    moments = {"mu": np.zeros(192), "sigma": np.eye(192)}
+    np.savez(folder / "VIRTUAL_imagenet256_labeled.npz", arr_0=images, **moments)
+    np.savez(folder / "imagenet256_val.npz", **moments)
+    (folder / "clip-vit-base-patch32").mkdir()
+    write_whole_clip(clip_folder, folder / "clip-vit-base-patch32")
 
 
 def write_coco(folder: Path) -> None:
     """Two images with captions."""
     (folder / "annotations").mkdir(parents=True)
-    (folder / "train2014").symlink_to("../imagenet/train/n01440764")
+    for split in ("train", "val"):
+        (folder / f"{split}2014").symlink_to("../imagenet/train/n01440764")
     content = {
         "images": [{"id": 7 + i, "file_name": f"{i}.png"} for i in range(2)],
         "annotations": [{"image_id": 7 + i % 2, "caption": f"the digit {i}"} for i in range(5)],
     }
-    (folder / "annotations/captions_train2014.json").write_text(json.dumps(content))
+    for split in ("train", "val"):
+        (folder / f"annotations/captions_{split}2014.json").write_text(json.dumps(content))
 
 
 @pytest.fixture(scope="module")
@@ -374,7 +423,9 @@ def test_every_flag_exists(name):
 
     classes = (DiTArguments, DiTTrainingArguments, UViTArguments, UViTTrainingArguments)
     known = FOREIGN_FLAGS | {f"--{field.name}" for cls in classes for field in dataclasses.fields(cls)}
-    for source in (*ADDED, "dit/sampling_arguments.py", "latent_diffusion/command_line.py"):
+    shared = ("dit/sampling_arguments.py", "latent_diffusion/sampling_arguments.py", "latent_diffusion/command_line.py")
+    shared += ("latent_diffusion/evaluation/extractors.py",)
+    for source in (*ADDED, *shared):
         known |= set(re.findall(r'"(--[\w-]+)"', read(source)))
     found = set(re.findall(r"(?<![\w-])--[a-zA-Z][\w-]*", read(name), re.ASCII))
     assert sorted(flag for flag in found if one_spelling(flag) not in map(one_spelling, known)) == []
