@@ -74,7 +74,7 @@ def measure_features(batch_size: int, size: int, rounds: int, peer: str | None) 
             rates.append([own, *(peer_rates(peer, Path(folder)) if peer else [])])
     best = np.max(rates, axis=0)  # other processes only ever slow it down
     names = ("this suite", "PyTorch, channels first", "PyTorch, channels last")
-    widths = print_head("computed by".ljust(len(names[1])), "images/s", "ratio")
+    widths = print_head("computed by".ljust(len(names[1])), "images/s", "rate of this suite to it")
     for name, rate in zip(names, best, strict=False):
         print_row(name, f"{rate:.1f}", f"{best[0] / rate:.2f}", widths=widths)
 
