@@ -12,7 +12,7 @@ from latent_diffusion.command_line import ArgumentParser
 from latent_diffusion.errors import command
 
 from .digits import write_digit_folders
-from .steps import Steps, begin, check_least, print_table, write_report
+from .steps import Steps, begin, check_least, print_table
 
 DATA, OUTPUT = Path("data/demo"), Path("output/demo")
 CONFIG = Path("config/DiT_digits.json")
@@ -78,9 +78,7 @@ def _report() -> tuple[dict[str, str], dict[str, float]]:
     scalars = report.read_scalars(TRAINING, LOSSES)
     report.loss_plot(scalars, LOSSES, "DiT on handwritten digits", OUTPUT / "loss.png")
     judged, _ = report.judge_samples(images, labels, DATA / "images")
-    sets = report.set_figures(images, DATA / "images")
-    print(report.set_table(sets))
-    write_report(OUTPUT / "report.json", judged | {"sets": sets})
+    report.write_figures(OUTPUT / "report.json", judged, images, DATA / "images")
     figures = {
         "parameters": f"{report.count_parameters(TRAINING, fixed=('pos_embed',)) / 1e6:.2f} M",
         "training steps/s": f"{scalars['steps_per_second'].mean:.2f}",

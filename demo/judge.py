@@ -4,7 +4,7 @@ import numpy as np
 from sklearn.neighbors import NearestNeighbors
 from sklearn.svm import SVC
 
-from latent_diffusion.evaluation.extractors import grid_average
+from latent_diffusion.evaluation.pixels import grid_average
 
 # The original digits have 8x8 pixels: averages over as many boxes keep what they show and forgive upscaling blur.
 

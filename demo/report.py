@@ -1,5 +1,6 @@
 """What the demos show at their end: a grid of samples, loss curves, and figures."""
 
+import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -122,6 +123,13 @@ def set_figures(images: np.ndarray, digits: Path) -> dict[str, dict[str, float]]
         name: evaluation.compare(reference, side_of(name, extractor(members)), extractor).figures | {"images": count}
         for name, members in chosen.items()
     }
+
+
+def write_figures(path: Path, judged: dict[str, float], images: np.ndarray, digits: Path) -> None:
+    """Prints the figures of the set of samples, and writes them with those of `judge_samples` as JSON."""
+    sets = set_figures(images, digits)
+    print(set_table(sets))
+    path.write_text(json.dumps(judged | {"sets": sets}, indent=2) + "\n")
 
 
 def set_table(figures: dict[str, dict[str, float]]) -> str:

@@ -1,6 +1,5 @@
 """What a demo does around its figures: prints and runs its steps, and writes down what came out."""
 
-import json
 import os
 import shlex
 import shutil
@@ -8,7 +7,6 @@ import subprocess
 import sys
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
 
 from latent_diffusion.errors import InputError
 
@@ -51,11 +49,6 @@ def print_table(figures: dict[str, str]) -> None:
     for name, value in figures.items():
         print(f"  {name:<{width}}  {value:>8}")
     print()
-
-
-def write_report(path: Path, figures: dict[str, Any]) -> None:
-    """Writes the figures that were measured, unrounded."""
-    path.write_text(json.dumps(figures, indent=2) + "\n")
 
 
 def check_least(promises: Iterable[tuple[float, float, str]]) -> None:

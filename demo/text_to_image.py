@@ -14,7 +14,7 @@ from latent_diffusion.command_line import ArgumentParser
 from latent_diffusion.errors import command
 
 from .captions import HELD_OUT, TRAINING, Prompt, ink, make_prompts, slant
-from .steps import Steps, begin, check_least, print_table, write_report
+from .steps import Steps, begin, check_least, print_table
 
 DATA, OUTPUT = Path("data/demo-t2i"), Path("output/demo-t2i")
 CONFIG = Path("config/uvit_digits.json")
@@ -102,9 +102,7 @@ def _report() -> tuple[dict[str, str], dict[str, float]]:
         "thick_over_thin": share_above(ink(images), prompts, "thick", "thin"),
         "right_over_left": share_above(slant(images), prompts, "right", "left"),
     }
-    sets = report.set_figures(images, IMAGES)
-    print(report.set_table(sets))
-    write_report(OUTPUT / "report.json", judged | {"sets": sets})
+    report.write_figures(OUTPUT / "report.json", judged, images, IMAGES)
     figures = {
         "parameters": f"{report.count_parameters(TRAINING_OUTPUT) / 1e6:.2f} M",
         "training steps/s": f"{scalars['steps_per_second'].mean:.2f}",

@@ -9,7 +9,7 @@ from sklearn.model_selection import train_test_split
 from sklearn.neural_network import MLPClassifier
 
 from .extractor import Extractor
-from .extractors import GRID, grid_average
+from .pixels import GRID, grid_average
 
 HELD_OUT = 0.2
 SPLIT_SEED = 0

@@ -2,16 +2,11 @@
 
 from pathlib import Path
 
-import numpy as np
-
 from ..command_line import ArgumentParser
 from ..errors import InputError
 from .extractor import Extractor
 
 EXTRACTORS = ("inception", "dinov2", "pixels", "digits-classifier")
-
-# Pixels of a side that an image is averaged down to, for the extractors that need no weights.
-GRID = 8
 
 
 def add_extractor_arguments(parser: ArgumentParser) -> None:
@@ -50,34 +45,9 @@ def make_extractor(name: str, weights: Path | None = None) -> Extractor:
     if weights is not None:
         raise InputError(f"the extractor {name} has no weights; leave out {weights}")
     if name == "pixels":
+        from .pixels import Pixels
+
         return Pixels()
     from .digits_classifier import DigitsClassifier
 
     return DigitsClassifier()
-
-
-class Pixels(Extractor):
-    """The image itself, averaged to 8x8 pixels, values in [0, 1]: for tests of a setup, not for papers."""
-
-    name = identity = "pixels"
-    widths = {"features": GRID * GRID * 3}
-
-    def __call__(self, images: np.ndarray) -> dict[str, np.ndarray]:
-        return {"features": grid_average(images).reshape(len(images), -1).astype(np.float32) / 255}
-
-
-def grid_average(images: np.ndarray) -> np.ndarray:
-    """Averages images uint8 [N, H, W, C] over a grid of boxes: float64 [N, 8, 8, C], values in [0, 255].
-
-    Raises:
-        InputError: a side has fewer than 8 pixels.
-    """
-    sums = images.astype(np.float64)
-    for axis, pixels in ((1, images.shape[1]), (2, images.shape[2])):
-        if pixels < GRID:
-            raise InputError(f"images of {images.shape[2]}x{images.shape[1]} pixels are too small; {GRID} are needed")
-        edges = np.arange(GRID + 1) * pixels // GRID
-        shape = [1, 1, 1, 1]
-        shape[axis] = GRID
-        sums = np.add.reduceat(sums, edges[:-1], axis) / np.diff(edges).reshape(shape)
-    return sums

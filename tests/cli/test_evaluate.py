@@ -8,7 +8,7 @@ from PIL import Image
 
 from latent_diffusion.evaluation import report
 from latent_diffusion.evaluation.clip_score import CLIPScorer
-from latent_diffusion.evaluation.extractors import Pixels
+from latent_diffusion.evaluation.pixels import Pixels
 from latent_diffusion.evaluation.side import side_of
 
 from ..latent_diffusion.evaluation.test_clip_score import write_whole_clip

@@ -9,8 +9,8 @@ import pytest
 from dit.image_sampling import ImageSampler
 from dit.pretrained import load_dit
 from dit.sampling import make_sampler
-from latent_diffusion.evaluation.extractors import Pixels
 from latent_diffusion.evaluation.metrics import frechet_distance, moments
+from latent_diffusion.evaluation.pixels import Pixels
 from latent_diffusion.vae import load_vae
 from latent_diffusion.weights import read_paddle
 

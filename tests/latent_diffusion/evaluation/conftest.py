@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 
 from latent_diffusion.evaluation.extractor import Extractor
-from latent_diffusion.evaluation.extractors import grid_average
+from latent_diffusion.evaluation.pixels import grid_average
 
 
 class Averages(Extractor):

@@ -6,7 +6,8 @@ import pytest
 from demo.digits import load_folder, write_digit_folders
 from latent_diffusion.errors import InputError
 from latent_diffusion.evaluation.digits_classifier import DigitsClassifier, split_digits
-from latent_diffusion.evaluation.extractors import EXTRACTORS, Pixels, grid_average, make_extractor
+from latent_diffusion.evaluation.extractors import EXTRACTORS, make_extractor
+from latent_diffusion.evaluation.pixels import Pixels, grid_average
 
 from .conftest import random_images
 

@@ -11,10 +11,10 @@ from latent_diffusion import checkpoint
 from latent_diffusion.ema import EMA
 from latent_diffusion.errors import InputError, NotFiniteError
 from latent_diffusion.evaluation import training
-from latent_diffusion.evaluation.extractors import Pixels
 from latent_diffusion.evaluation.flags import EvaluationFlags
 from latent_diffusion.evaluation.image_set import open_images
 from latent_diffusion.evaluation.metrics import frechet_distance, moments
+from latent_diffusion.evaluation.pixels import Pixels
 from latent_diffusion.evaluation.side import Side
 from latent_diffusion.evaluation.training import SampleMaker, TrainingEvaluation, open_evaluation
 from latent_diffusion.images import center_crop
