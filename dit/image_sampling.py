@@ -2,42 +2,23 @@
 
 import argparse
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import paddle
 
-from latent_diffusion.guidance import ALL_STEPS
+from latent_diffusion import image_sampling
 from latent_diffusion.sampling import sample_generators
 from latent_diffusion.sampling_arguments import amp_dtype
-from latent_diffusion.vae import decode_latents, load_fitting_vae
+from latent_diffusion.vae import load_fitting_vae
 
 from .modeling import DiT
 from .pretrained import load_dit
-from .sampling import Sampler, make_sampler, sample_latents
+from .sampling import make_sampler, sample_latents
 from .sampling_arguments import check_config, config_file, find_checkpoint
 
 
-@dataclass(frozen=True, eq=False)
-class ImageSampler:
-    """Draws images of classes.
-
-    Attributes:
-        model: the network, in eval mode.
-        vae: the `AutoencoderKL` of its latents.
-        sampler: from `make_sampler`.
-        guidance_scale: 1 for none.
-        guidance_interval: where guidance acts, see `sample_latents`.
-        amp_dtype: "float16" or "bfloat16" for the network's matrix products, None for float32.
-    """
-
-    model: DiT
-    vae: Any
-    sampler: Sampler
-    guidance_scale: float
-    guidance_interval: tuple[float, float] = ALL_STEPS
-    amp_dtype: str | None = None
+class ImageSampler(image_sampling.ImageSampler):
+    """Draws images of classes."""
 
     def draw(
         self,
@@ -55,11 +36,7 @@ class ImageSampler:
         Raises:
             InputError: a label is out of range, or the images are not finite.
         """
-        with paddle.amp.auto_cast(enable=self.amp_dtype is not None, dtype=self.amp_dtype or "float16"):
-            latents = sample_latents(
-                self.model, labels, self.sampler, self.guidance_scale, generators, on_step, self.guidance_interval
-            )
-        return decode_latents(self.vae, latents)
+        return self._decoded(sample_latents, [labels], generators, on_step)
 
     def draw_samples(self, seed: int, indices: Sequence[int]) -> np.ndarray:
         """The samples of these numbers: uint8 [B, H, W, 3]; each is a function of (seed, index).

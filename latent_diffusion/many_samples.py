@@ -5,31 +5,16 @@ indices; process r takes every batch b with b % processes == r. So the batch an 
 on the number of processes.
 """
 
-from collections.abc import Callable, Sequence
-from typing import Any, Protocol
-
-import numpy as np
+from collections.abc import Callable
+from typing import Any
 
 from . import distributed
 from .guidance import ALL_STEPS
+from .image_sampling import ImageSampler
 from .pretrained import checksum
 from .progress import progress
 from .sample_folder import SampleFolder
 from .vae import vae_settings
-
-
-class ImageSampler(Protocol):
-    """What is common to the classes of this name of the systems, where the attributes are described."""
-
-    model: Any
-    vae: Any
-    sampler: Any
-    guidance_scale: float
-    guidance_interval: tuple[float, float]
-    amp_dtype: str | None
-
-    def draw_samples(self, seed: int, indices: Sequence[int]) -> np.ndarray:
-        """The samples of these numbers: uint8 [B, H, W, 3]; each is a function of (seed, index)."""
 
 
 def sample(folder: SampleFolder, sampler: ImageSampler, seed: int, batch_size: int, further: dict[str, Any]) -> None:

@@ -1,21 +1,20 @@
 """From encoded captions to images: a network, a sampler and a VAE."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
-import paddle
 
-from latent_diffusion.guidance import ALL_STEPS
+from latent_diffusion import image_sampling
 from latent_diffusion.pretrained import PIPELINE_INDEX
 from latent_diffusion.sampling import sample_generators
-from latent_diffusion.vae import decode_latents, load_fitting_vae
+from latent_diffusion.vae import load_fitting_vae
 
 from .modeling import UViT
 from .pretrained import read_pretrained
-from .sampling import Sampler, sample_latents
+from .sampling import sample_latents
 
 
 class Captions(Protocol):
@@ -37,26 +36,14 @@ class Captions(Protocol):
 
 
 @dataclass(frozen=True, eq=False)
-class ImageSampler:
+class ImageSampler(image_sampling.ImageSampler):
     """Draws images of captions.
 
     Attributes:
-        model: the network.
-        vae: the `AutoencoderKL` of its latents, which its `config.scaling_factor` scales.
-        sampler: from `make_sampler`.
-        guidance_scale: as `sample_latents` counts it; 1 for none.
         captions: what samples are drawn of.
-        guidance_interval: where guidance acts, see `sample_latents`.
-        amp_dtype: "float16" or "bfloat16" for the network's matrix products, None for float32.
     """
 
-    model: UViT
-    vae: Any
-    sampler: Sampler
-    guidance_scale: float
-    captions: Captions
-    guidance_interval: tuple[float, float] = ALL_STEPS
-    amp_dtype: str | None = None
+    captions: Captions = field(kw_only=True)
 
     def draw(
         self,
@@ -74,18 +61,7 @@ class ImageSampler:
         Raises:
             InputError: the contexts are not of the network's shape, or the images are not finite.
         """
-        with paddle.amp.auto_cast(enable=self.amp_dtype is not None, dtype=self.amp_dtype or "float16"):
-            latents = sample_latents(
-                self.model,
-                contexts,
-                self.captions.empty_context,
-                self.sampler,
-                self.guidance_scale,
-                generators,
-                on_step,
-                self.guidance_interval,
-            )
-        return decode_latents(self.vae, latents)
+        return self._decoded(sample_latents, [contexts, self.captions.empty_context], generators, on_step)
 
     def draw_samples(self, seed: int, indices: Sequence[int]) -> np.ndarray:
         """The samples of these numbers: uint8 [B, H, W, 3]; each is a function of (seed, index).

@@ -132,7 +132,7 @@ def _sample_maker(config: UViTConfig, uvit_args: UViTArguments) -> SampleMaker:
     sampler = make_sampler("ddim", uvit_args.num_inference_steps)
 
     def draw(model: UViT, seed: int, indices: Sequence[int]) -> np.ndarray:
-        return ImageSampler(model, vae, sampler, GUIDANCE_SCALES[0], captions).draw_samples(seed, indices)
+        return ImageSampler(model, vae, sampler, GUIDANCE_SCALES[0], captions=captions).draw_samples(seed, indices)
 
     settings = {"sampling_steps": uvit_args.num_inference_steps} | vae_settings(vae) | captions.settings()
     return SampleMaker(draw, settings, (config.resolution, crop_then_resize))

@@ -96,7 +96,7 @@ def test_the_images_are_those_of_the_prompts_in_turn(results, folder):
     vae = load_vae(str(folder / "vae"))
     vae.register_to_config(scaling_factor=model.config.scaling_factor)
     prompts = Prompts(PROMPTS, TextEncoder.load(str(folder / "clip"), str(folder / "clip"), 7))
-    expected = ImageSampler(model, vae, make_sampler("ddim", 2), 2.0, prompts).draw_samples(5, range(5))
+    expected = ImageSampler(model, vae, make_sampler("ddim", 2), 2.0, captions=prompts).draw_samples(5, range(5))
     # Batches of other sizes there, and one thread.
     assert np.abs(images(folder / "first.npz").astype(int) - expected).max() <= 1
 

@@ -17,7 +17,7 @@ from .conftest import DATA
 @pytest.fixture
 def sampler(uvit, vae_folder) -> ImageSampler:
     captions = open_features(DATA / "coco_features_tiny", uvit.config, "val")
-    return ImageSampler(uvit, load_vae(str(vae_folder)), make_sampler("ddim", 3), 2.0, captions)
+    return ImageSampler(uvit, load_vae(str(vae_folder)), make_sampler("ddim", 3), 2.0, captions=captions)
 
 
 def test_images_are_the_decoded_latents(sampler, golden):

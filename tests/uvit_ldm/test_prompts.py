@@ -28,7 +28,9 @@ def test_prompts_are_encoded_and_nothing_is_drawn(prompts, coco_text_encoder):
 def test_samples_beyond_the_prompts_begin_anew(prompts, uvit, vae_folder, monkeypatch):
     drawn = []
     monkeypatch.setattr(ImageSampler, "draw", lambda self, contexts, generators: drawn.extend(contexts))
-    ImageSampler(uvit, load_vae(str(vae_folder)), make_sampler("ddim", 2), 2.0, prompts).draw_samples(0, range(5))
+    ImageSampler(uvit, load_vae(str(vae_folder)), make_sampler("ddim", 2), 2.0, captions=prompts).draw_samples(
+        0, range(5)
+    )
     np.testing.assert_array_equal(drawn[3:], drawn[:2])
     assert prompts.of_samples(5) == ["the cat", "the digit 3", "", "the cat", "the digit 3"]
 
@@ -55,8 +57,8 @@ def test_a_pipeline_folder_brings_all_that_it_draws_with(uvit, vae_folder, coco_
     plain = load_vae(str(vae_folder))
     plain.register_to_config(scaling_factor=uvit.config.scaling_factor)
     way = make_sampler("ddim", 2)
-    found = ImageSampler(model, vae, way, 2.0, Prompts(TEXTS, encoder)).draw_samples(0, range(3))
-    expected = ImageSampler(uvit, plain, way, 2.0, Prompts(TEXTS, coco_text_encoder)).draw_samples(0, range(3))
+    found = ImageSampler(model, vae, way, 2.0, captions=Prompts(TEXTS, encoder)).draw_samples(0, range(3))
+    expected = ImageSampler(uvit, plain, way, 2.0, captions=Prompts(TEXTS, coco_text_encoder)).draw_samples(0, range(3))
     assert np.abs(found.astype(int) - expected).max() <= 1
 
 
