@@ -18,6 +18,7 @@ import paddle
 from paddle.io.dataloader.collate import default_collate_fn
 
 from .errors import InputError
+from .files import in_order
 from .objectives import Objective
 
 # From Linux's prctl.h.
@@ -77,9 +78,7 @@ def list_arrays(folder: Path) -> list[str]:
     names = array_names(folder)
     if not names:
         raise InputError(f"the feature folder {folder} holds no .npy file")
-    if all(name.removesuffix(".npy").isdecimal() for name in names):
-        return sorted(names, key=lambda name: (int(name.removesuffix(".npy")), name))
-    return sorted(names)
+    return in_order(names)
 
 
 def images_to_check(images: int) -> np.ndarray:

@@ -6,7 +6,7 @@ import json
 import os
 import shutil
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 from .errors import InputError
@@ -113,6 +113,14 @@ def publish_folder(temporary: Path, path: Path) -> None:
         raise
     sync(path.parent)
     shutil.rmtree(replaced, ignore_errors=True)
+
+
+def in_order(names: Iterable[str]) -> list[str]:
+    """Names of files: by number where all are numbers but for the suffix, else by text."""
+    stems = {name: Path(name).stem for name in names}
+    if all(stem.isdecimal() for stem in stems.values()):
+        return sorted(stems, key=lambda name: (int(stems[name]), name))
+    return sorted(stems)
 
 
 def read_lines(path: Path) -> list[str]:

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from .errors import InputError
-from .files import preparing_folder, replace_file
+from .files import preparing_folder, replace_file, write_json
 
 SETTINGS = "settings.json"
 
@@ -31,7 +31,7 @@ def _claim(folder: Path, settings: dict[str, Any], flag: str) -> None:
         if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
             raise InputError(f"{folder} exists and has no {SETTINGS}: name or empty another folder for {flag}")
         folder.mkdir(parents=True, exist_ok=True)
-        replace_file(file, lambda path: path.write_text(json.dumps(settings, indent=2) + "\n"))
+        replace_file(file, lambda path: write_json(path, settings))
         return
     try:
         found = dict(json.loads(file.read_text()))

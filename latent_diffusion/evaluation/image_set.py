@@ -11,6 +11,7 @@ from PIL import Image
 
 from ..errors import InputError
 from ..extraction import ImageSource
+from ..files import in_order
 from ..images import EXTENSIONS, Crop, images_below
 from .npz import SUFFIX, array_header, opened_array
 
@@ -109,8 +110,8 @@ def image_files(folder: Path) -> list[Path]:
     files = images_below(folder)
     if not files:
         raise InputError(f"the folder {folder} holds no images ({', '.join(EXTENSIONS)})")
-    if all(file.stem.isdecimal() and file.parent == folder for file in files):
-        return sorted(files, key=lambda file: (int(file.stem), file.name))
+    if all(file.parent == folder for file in files):
+        return [folder / name for name in in_order(file.name for file in files)]
     return files
 
 
