@@ -104,7 +104,7 @@ def main() -> None:
         print(f"wrote {arguments.save_statistics}")
     if samples is None:
         return
-    found = report.compare(reference, samples, extractor)
+    found = report.compare(reference, samples)
     if scorer:
         found.figures["clip_score"] = float(scorer.score(embeddings, prompts).mean())
     print(report.table(found, reference, samples, extractor))

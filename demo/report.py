@@ -1,6 +1,5 @@
 """What the demos show at their end: a grid of samples, loss curves, and figures."""
 
-import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,7 +10,8 @@ from PIL import Image
 from latent_diffusion.checkpoint import MODEL, newest_checkpoint
 from latent_diffusion.evaluation import report as evaluation
 from latent_diffusion.evaluation.digits_classifier import DigitsClassifier
-from latent_diffusion.evaluation.side import side_of
+from latent_diffusion.evaluation.side import Side
+from latent_diffusion.files import write_json
 from latent_diffusion.images import image_grid
 from latent_diffusion.weights import read_paddle
 
@@ -114,13 +114,13 @@ def set_figures(images: np.ndarray, digits: Path) -> dict[str, dict[str, float]]
         sets are of one size, since the figures depend on it: the smaller of the two, members drawn at random.
     """
     extractor = DigitsClassifier()
-    reference = side_of("training digits", extractor(load_folder(digits / "train")[0]))
+    reference = Side("training digits", extractor(load_folder(digits / "train")[0]))
     sets = {"samples": images, "held_out": load_folder(digits / "val")[0]}
     count = min(map(len, sets.values()))
     rng = np.random.default_rng(0)
     chosen = {name: rng.permutation(members)[:count] for name, members in sets.items()}
     return {
-        name: evaluation.compare(reference, side_of(name, extractor(members)), extractor).figures | {"images": count}
+        name: evaluation.compare(reference, Side(name, extractor(members))).figures | {"images": count}
         for name, members in chosen.items()
     }
 
@@ -129,7 +129,7 @@ def write_figures(path: Path, judged: dict[str, float], images: np.ndarray, digi
     """Prints the figures of the set of samples, and writes them with those of `judge_samples` as JSON."""
     sets = set_figures(images, digits)
     print(set_table(sets))
-    path.write_text(json.dumps(judged | {"sets": sets}, indent=2) + "\n")
+    write_json(path, judged | {"sets": sets})
 
 
 def set_table(figures: dict[str, dict[str, float]]) -> str:

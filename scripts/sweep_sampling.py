@@ -203,7 +203,7 @@ def sweep(samplers, table: Table, reference, extractor, work, arguments: argpars
         if rank == 0:
             # Whichever process has met samples that are not finite has left the features of those out.
             finite = not cache.missing()
-            row = measure(setting, features, images.times, reference, extractor) if finite else Row.empty(setting)
+            row = measure(setting, features, images.times, reference) if finite else Row.empty(setting)
             table.append(row)
             found = f"{row.fid:.4f}" if finite else "not computed, some samples are not finite"
             print(f"{number}/{len(pending)}: {setting}: {distance_name(extractor)} {found}", flush=True)
@@ -216,12 +216,12 @@ def sweep(samplers, table: Table, reference, extractor, work, arguments: argpars
         print(f"wrote {table.path}: {len(table.rows)} settings, {len(pending)} of them new; and {picture}")
 
 
-def measure(setting: Setting, features, times: list[float], reference, extractor) -> Row:
+def measure(setting: Setting, features, times: list[float], reference) -> Row:
     """The row of a setting: figures of the features of its images, and the median of the times."""
     from latent_diffusion.evaluation.report import compare
-    from latent_diffusion.evaluation.side import side_of
+    from latent_diffusion.evaluation.side import Side
 
-    figures = compare(reference, side_of(str(setting), features), extractor).figures
+    figures = compare(reference, Side(str(setting), features), COMPARED).figures
     # There are no times where an interrupted run had drawn all images.
     seconds = statistics.median(times) if times else math.nan
     return Row(setting, *(figures.get(name, math.nan) for name in COMPARED), seconds)

@@ -1,6 +1,6 @@
 """All figures of a comparison: computed, printed and written down."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import astuple, dataclass, field
 from pathlib import Path
 
@@ -56,20 +56,30 @@ class Report:
             self.missing |= {key: str(error) for key in keys if key in FIGURES}
 
 
-def compare(reference: Side, samples: Side, extractor: Extractor) -> Report:
-    """All figures that the two sides allow.
+def compare(reference: Side, samples: Side, wanted: Iterable[str] = FIGURES) -> Report:
+    """The figures that the two sides allow.
 
     Where a side has no features of its images (saved statistics) or too few images, the figures that need them are
     missing, with the reason.
+
+    Args:
+        reference: the real images.
+        samples: the generated ones.
+        wanted: keys; the Frechet distance is always computed, others that come with a wanted one are there too.
 
     Raises:
         InputError: the Frechet distance cannot be computed, without which there is nothing to report.
     """
     report = Report({"fid": frechet(reference, samples)})
-    report.add(("sfid",), lambda: (frechet(reference, samples, "spatial"),))
-    report.add(_SCORE, lambda: inception_score(_logits(samples)))
-    report.add(_MANIFOLD, lambda: _manifold(*_both(reference, samples)))
-    report.add(_KERNEL, lambda: _kernel(*_both(reference, samples)))
+    further = {
+        ("sfid",): lambda: (frechet(reference, samples, "spatial"),),
+        _SCORE: lambda: inception_score(_logits(samples)),
+        _MANIFOLD: lambda: _manifold(*_both(reference, samples)),
+        _KERNEL: lambda: _kernel(*_both(reference, samples)),
+    }
+    for keys, compute in further.items():
+        if not set(keys).isdisjoint(wanted):
+            report.add(keys, compute)
     return report
 
 

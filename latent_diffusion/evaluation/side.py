@@ -88,11 +88,6 @@ class Side:
         return self._moments.get(output)
 
 
-def side_of(name: str, features: Mapping[str, np.ndarray]) -> Side:
-    """A side made of features that are in memory."""
-    return Side(name, features)
-
-
 def open_side(path: Path, extractor: Extractor, work: FeatureWork) -> Side:
     """The side at `path`, without the features of its images: those are made by its `extract`.
 

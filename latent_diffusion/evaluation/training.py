@@ -25,7 +25,7 @@ from .extractor import Extractor
 from .extractors import make_extractor
 from .flags import EvaluationFlags
 from .report import distance_name, few_images, frechet
-from .side import FeatureWork, Side, open_side, side_of
+from .side import FeatureWork, Side, open_side
 
 # Folder of the reference's features, which are made once for all runs beside it.
 CACHE = "evaluation_cache"
@@ -154,7 +154,7 @@ class TrainingEvaluation:
             # Early in training a network may diverge on some samples, and yet get better.
             return f"{name} not computed, {bad} of {self._count} samples are not finite", None
         try:
-            distance = frechet(self._reference, side_of("the samples", {"features": features}))
+            distance = frechet(self._reference, Side("the samples", {"features": features}))
         except InputError as error:
             return f"{name} not computed, {error}", None
         text = f"{name} of {self._count} samples {distance:.5g}"

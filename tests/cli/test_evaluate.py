@@ -9,7 +9,7 @@ from PIL import Image
 from latent_diffusion.evaluation import report
 from latent_diffusion.evaluation.clip_score import CLIPScorer
 from latent_diffusion.evaluation.pixels import Pixels
-from latent_diffusion.evaluation.side import side_of
+from latent_diffusion.evaluation.side import Side
 
 from ..latent_diffusion.evaluation.test_clip_score import write_whole_clip
 from .commands import LAUNCH, REPOSITORY, Command, run_all
@@ -110,8 +110,8 @@ def results(folder):
 def test_the_figures_are_printed_and_written(folder, results):
     paths = sorted((folder / "real").glob("*/*.png"), key=lambda path: (path.parent.name, path.name))
     real, pixels = np.stack([np.asarray(Image.open(path)) for path in paths]), Pixels()
-    sides = side_of("real", pixels(real)), side_of("fake", pixels(images(50, 1)))
-    expected = report.compare(*sides, pixels).figures
+    sides = Side("real", pixels(real)), Side("fake", pixels(images(50, 1)))
+    expected = report.compare(*sides).figures
     written = json.loads((folder / "one.json").read_text())
     assert {name: written[name] for name in expected} == pytest.approx(expected, rel=1e-6, abs=1e-9)
     assert written["images"] == {"reference": 60, "samples": 50}

@@ -16,7 +16,7 @@ from dit.pretrained import load_dit
 from dit.sampling import make_sampler
 from latent_diffusion.evaluation.extractors import make_extractor
 from latent_diffusion.evaluation.report import compare
-from latent_diffusion.evaluation.side import side_of
+from latent_diffusion.evaluation.side import Side
 from latent_diffusion.evaluation.sweep import COMPARED
 from latent_diffusion.vae import load_vae
 
@@ -119,7 +119,7 @@ def test_the_figures_are_those_of_the_images(results, folder):
     with np.load(folder / "real.npz") as archive:
         real = archive["arr_0"]
     extractor = make_extractor("pixels")
-    expected = compare(side_of("real", extractor(real)), side_of("drawn", extractor(images)), extractor).figures
+    expected = compare(Side("real", extractor(real)), Side("drawn", extractor(images))).figures
     row = rows(folder / "sweep/whole.csv")[2]
     for name in ("fid", "precision", "recall"):
         # One thread there and several here.

@@ -12,7 +12,7 @@ from latent_diffusion.evaluation.metrics import (
     manifold_scores,
     moments,
 )
-from latent_diffusion.evaluation.side import FeatureWork, Side, open_side, save_statistics, side_of
+from latent_diffusion.evaluation.side import FeatureWork, Side, open_side, save_statistics
 
 from .conftest import random_images, write_folder
 
@@ -25,12 +25,12 @@ def work(tmp_path):
 @pytest.fixture
 def sides(extractor):
     real, fake = extractor(random_images(60, size=16)), extractor(random_images(50, seed=1))
-    return side_of("real", real), side_of("fake", fake)
+    return Side("real", real), Side("fake", fake)
 
 
 def test_all_figures_are_those_of_the_metrics(sides, extractor):
     real, fake = (side.features for side in sides)
-    found = report.compare(*sides, extractor).figures
+    found = report.compare(*sides).figures
     scores, kernel = (
         manifold_scores(real["features"], fake["features"]),
         kernel_distances(real["features"], fake["features"]),
@@ -50,12 +50,19 @@ def test_all_figures_are_those_of_the_metrics(sides, extractor):
     }
 
 
+def test_only_what_is_wanted_is_computed(sides):
+    every, found = report.compare(*sides), report.compare(*sides, ["inception_score", "recall"])
+    left_out = {"sfid", "kid", "kid_standard_error", "kid_subset_size"}
+    assert found.figures == {key: value for key, value in every.figures.items() if key not in left_out}
+    assert found.missing == {}
+
+
 def test_saved_statistics_stand_for_their_images(tmp_path, extractor, work):
     folder = write_folder(tmp_path / "real", random_images(30))
     reference = open_side(folder, extractor, work).extract()
     save_statistics(tmp_path / "real.npz", extractor, reference)
-    saved, samples = open_side(tmp_path / "real.npz", extractor, work), side_of("fake", extractor(random_images(30, 1)))
-    by_images, by_statistics = (report.compare(side, samples, extractor) for side in (reference, saved))
+    saved, samples = open_side(tmp_path / "real.npz", extractor, work), Side("fake", extractor(random_images(30, 1)))
+    by_images, by_statistics = (report.compare(side, samples) for side in (reference, saved))
     assert (saved.count, saved.moments_count) == (None, 30)
     assert saved.fingerprint != reference.fingerprint
     assert by_statistics.figures["fid"] == by_images.figures["fid"]
@@ -71,7 +78,7 @@ def test_the_score_of_images_in_class_folders_does_not_depend_on_their_order(tmp
         images = np.full((20, 8, 8, 3), 60 * label, np.uint8) + random_images(20, label) // 16
         write_folder(tmp_path / "images" / str(label), images)
     side = open_side(tmp_path / "images", extractor, work).extract()
-    found = report.compare(side, side, extractor).figures["inception_score"]
+    found = report.compare(side, side).figures["inception_score"]
     consecutive, whole = (inception_score(side.features["logits"], splits)[0] for splits in (10, 1))
     assert abs(found - whole) < 0.3 * abs(consecutive - whole)
 
@@ -90,28 +97,28 @@ def test_a_file_of_images_and_statistics_gives_each_figure_what_it_needs(tmp_pat
 
 
 def test_few_images_leave_out_what_needs_more(extractor):
-    few = side_of("few", extractor(random_images(3)))
-    found = report.compare(few, side_of("many", extractor(random_images(30, 1))), extractor)
+    few = Side("few", extractor(random_images(3)))
+    found = report.compare(few, Side("many", extractor(random_images(30, 1))))
     assert found.figures.keys() == {"fid", "sfid", "inception_score", "inception_score_deviation"}
     assert "at least 6 are needed" in found.missing["coverage"]
 
 
 def test_one_image_is_an_error(extractor):
-    one = side_of("one", extractor(random_images(1)))
+    one = Side("one", extractor(random_images(1)))
     with pytest.raises(InputError, match="at least 2 are needed"):
-        report.compare(one, side_of("many", extractor(random_images(30, 1))), extractor)
+        report.compare(one, Side("many", extractor(random_images(30, 1))))
 
 
 def test_equal_sets_are_at_no_distance(extractor):
-    side = side_of("a", extractor(random_images(40)))
-    figures = report.compare(side, side, extractor).figures
+    side = Side("a", extractor(random_images(40)))
+    figures = report.compare(side, side).figures
     assert figures["fid"] == pytest.approx(0, abs=1e-10)
     assert (figures["precision"], figures["recall"], figures["coverage"]) == (1, 1, 1)
 
 
 def test_an_extractor_without_an_output_leaves_its_figures_out(extractor):
     features = {"features": extractor(random_images(30))["features"]}
-    found = report.compare(side_of("a", features), side_of("b", features), extractor)
+    found = report.compare(Side("a", features), Side("b", features))
     assert found.missing.keys() == {"sfid", "inception_score"}
 
 
@@ -119,7 +126,7 @@ def test_the_table_shows_figures_spreads_reasons_and_numbers(extractor):
     found = report.Report(
         {"fid": 2.27, "kid": 0.0012, "kid_standard_error": 0.0003, "kid_subset_size": 20}, {"sfid": "there is none"}
     )
-    sides = Side("a", saved={"features": None}), side_of("b", {"features": np.zeros((40, 4))})
+    sides = Side("a", saved={"features": None}), Side("b", {"features": np.zeros((40, 4))})
     assert report.table(found, *sides, extractor).splitlines() == [
         "Frechet distance (averages)      2.2700",
         "sFID                                  -  there is none",
@@ -129,7 +136,7 @@ def test_the_table_shows_figures_spreads_reasons_and_numbers(extractor):
 
 
 def test_too_few_images_for_the_distance_are_noted(extractor):
-    few, enough = (side_of("few", {"features": np.zeros((count, 4))}) for count in (4, 5))
+    few, enough = (Side("few", {"features": np.zeros((count, 4))}) for count in (4, 5))
     (note,) = report.notes(few, enough, extractor)
     assert note.startswith("few has 4 images, not more than its features have dimensions (4)")
     assert report.notes(Side("unknown", saved={"features": None}), enough, extractor) == []
@@ -145,7 +152,7 @@ def test_images_of_other_sizes_are_noted(tmp_path, extractor, work):
 
 
 def test_the_file_says_what_was_compared(tmp_path, sides, extractor):
-    found = report.compare(*sides, extractor)
+    found = report.compare(*sides)
     report.write(tmp_path / "new" / "a.json", found, *sides, extractor)
     content = json.loads((tmp_path / "new" / "a.json").read_text())
     assert content["fid"] == found.figures["fid"]
