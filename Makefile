@@ -12,9 +12,14 @@ demo: $(VENV)/installed
 demo-t2i: $(VENV)/installed
 	$(VENV)/bin/python -m demo.text_to_image
 
+# These start the loader's processes by forking, which must not happen beside the threads of the tests' own processes.
+LOADER_TESTS := $(wildcard tests/*/test_features.py)
+
 # A file's tests stay in one process, since they share what is made once; a thread each leaves the cores to both.
 test: $(VENV)/installed-dev
-	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile
+	$(VENV)/bin/python -m pytest $(LOADER_TESTS)
+	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile \
+		$(addprefix --ignore=,$(LOADER_TESTS))
 
 install: $(VENV)/installed
 
