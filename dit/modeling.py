@@ -9,7 +9,7 @@ import paddle
 from paddle import nn
 
 from latent_diffusion.attention import Attention
-from latent_diffusion.ops import Linear, expand_tokens, layer_norm, modulate
+from latent_diffusion.ops import Linear, gated_sum, modulated_layer_norm
 from latent_diffusion.transformer import Backbone, Block, Mlp, PatchEmbed, sinusoid, unpatchify
 
 from .configuration import DiTConfig
@@ -61,10 +61,9 @@ class DiTBlock(Block):
 
     def forward(self, x: paddle.Tensor, c: paddle.Tensor) -> paddle.Tensor:
         shift_msa, scale_msa, gate_msa, shift_mlp, scale_mlp, gate_mlp = self.adaLN_modulation(c).chunk(6, axis=1)
-        tokens = x.shape[1]
         attend, feed = self._merged_calls(x)
-        x = x + expand_tokens(gate_msa, tokens) * attend(self.attn, modulate(layer_norm(x), shift_msa, scale_msa))
-        return x + expand_tokens(gate_mlp, tokens) * feed(self.mlp, modulate(layer_norm(x), shift_mlp, scale_mlp))
+        x = gated_sum(x, gate_msa, attend(self.attn, modulated_layer_norm(x, shift_msa, scale_msa)))
+        return gated_sum(x, gate_mlp, feed(self.mlp, modulated_layer_norm(x, shift_mlp, scale_mlp)))
 
 
 class FinalLayer(nn.Layer):
@@ -78,7 +77,7 @@ class FinalLayer(nn.Layer):
 
     def forward(self, x: paddle.Tensor, c: paddle.Tensor) -> paddle.Tensor:
         shift, scale = self.adaLN_modulation(c).chunk(2, axis=1)
-        return self.linear(modulate(layer_norm(x), shift, scale))
+        return self.linear(modulated_layer_norm(x, shift, scale))
 
 
 class DiT(Backbone):
@@ -123,6 +122,10 @@ class DiT(Backbone):
             zeros(modulation[1].weight)
         zeros(self.final_layer.linear.weight)
         self.pos_embed.set_value(sincos_positions(self.config.hidden_size, self.config.side))
+
+    @property
+    def _last_block(self) -> DiTBlock:
+        return self.blocks[-1]
 
     def forward(self, x: paddle.Tensor, t: paddle.Tensor, y: paddle.Tensor) -> paddle.Tensor:
         """Predicts the noise (and the variance values) of noisy latents.

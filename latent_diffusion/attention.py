@@ -4,6 +4,7 @@ import paddle
 import paddle.nn.functional as F
 from paddle import nn
 
+from .native import functions as native
 from .ops import Linear, on_cpu
 
 
@@ -30,7 +31,9 @@ class Attention(nn.Layer):
     def forward(self, x: paddle.Tensor) -> paddle.Tensor:
         """x [B, N, D] -> [B, N, D]."""
         qkv = self.qkv(x)
-        if on_cpu(x):
+        if native.covers(qkv):
+            out = native.attention(qkv, self.num_heads)
+        elif on_cpu(x):
             out = _batched_products(qkv, self.num_heads)
         elif self.memory_efficient:
             out = _fused(qkv, self.num_heads)

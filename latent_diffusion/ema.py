@@ -6,10 +6,7 @@ import numpy as np
 import paddle
 
 from .errors import InputError
-
-# Parameters are averaged in buckets of about this many values: two kernels a bucket in place of one a parameter,
-# at the price of one bucket of temporary memory.
-BUCKET_SIZE = 16 << 20
+from .ops import lerp_
 
 
 class EMA:
@@ -25,8 +22,9 @@ class EMA:
         if not 0.0 <= decay < 1.0:
             raise InputError(f"the EMA decay must be in [0, 1), not {decay}")
         self.model, self.decay, self.warmup = model, decay, warmup
-        named = [(name, p) for name, p in model.named_parameters() if not p.stop_gradient]
-        self._buckets = [_Bucket(group) for group in _groups(named)]
+        self._trained = {name: p for name, p in model.named_parameters() if not p.stop_gradient}
+        with paddle.no_grad():
+            self._averages = {name: p.astype("float32").clone() for name, p in self._trained.items()}
 
     def decay_at(self, update: int) -> float:
         """The decay in force at the given update, counted from 1."""
@@ -41,15 +39,12 @@ class EMA:
             masters: float32 copies of half-precision parameters, by parameter name, to be used in their place.
         """
         weight = 1.0 - self.decay_at(update)
-        for bucket in self._buckets:
-            bucket.average.lerp_(bucket.current(masters), weight)
+        for name, p in self._trained.items():
+            lerp_(self._averages[name], (masters or {}).get(p.name, p).astype("float32"), weight)
 
     def state_dict(self) -> dict[str, paddle.Tensor]:
         """All weights of the model under its own names, float32: averages, and what is not trained as it is."""
-        state = {name: tensor.astype("float32") for name, tensor in self.model.state_dict().items()}
-        for bucket in self._buckets:
-            state.update(bucket.tensors())
-        return state
+        return {name: tensor.astype("float32") for name, tensor in self.model.state_dict().items()} | self._averages
 
     @paddle.no_grad()
     def set_state_dict(self, state: dict[str, np.ndarray]) -> None:
@@ -58,55 +53,21 @@ class EMA:
         Raises:
             InputError: a weight is missing or has another shape.
         """
-        for bucket in self._buckets:
-            bucket.restore(state)
+        for name, average in self._averages.items():
+            if name not in state or list(state[name].shape) != average.shape:
+                raise InputError(f"the EMA weights lack {name} of shape {average.shape}: they belong to another model")
+        for name, average in self._averages.items():
+            average.set_value(np.asarray(state[name], dtype=np.float32))
 
     @contextlib.contextmanager
     @paddle.no_grad()
     def applied(self):
         """Within the context the model holds the averages; afterwards its own weights again, bit for bit."""
-        own = [(p, p.clone()) for bucket in self._buckets for _, p in bucket.named]
+        own = {name: p.clone() for name, p in self._trained.items()}
         try:
-            for bucket in self._buckets:
-                tensors = bucket.tensors()
-                for name, p in bucket.named:
-                    p.copy_(tensors[name].astype(p.dtype), True)
+            for name, p in self._trained.items():
+                p.copy_(self._averages[name].astype(p.dtype), True)
             yield self.model
         finally:
-            for p, value in own:
-                p.copy_(value, True)
-
-
-class _Bucket:
-    """Some parameters, and their averages in one flat tensor."""
-
-    def __init__(self, named: list[tuple[str, paddle.Tensor]]):
-        self.named = named
-        self.average = self.current().clone()
-
-    @paddle.no_grad()
-    def current(self, masters: dict[str, paddle.Tensor] | None = None) -> paddle.Tensor:
-        values = [(masters or {}).get(p.name, p) for _, p in self.named]
-        return paddle.concat([value.flatten().astype("float32") for value in values])
-
-    def tensors(self) -> dict[str, paddle.Tensor]:
-        parts = self.average.split([p.size for _, p in self.named])
-        return {name: part.reshape(p.shape) for (name, p), part in zip(self.named, parts, strict=True)}
-
-    def restore(self, state: dict[str, np.ndarray]) -> None:
-        for name, p in self.named:
-            if name not in state or list(state[name].shape) != p.shape:
-                raise InputError(f"the EMA weights lack {name} of shape {list(p.shape)}: they belong to another model")
-        flat = np.concatenate([np.asarray(state[name], dtype=np.float32).reshape(-1) for name, _ in self.named])
-        self.average.set_value(flat)
-
-
-def _groups(named: list[tuple[str, paddle.Tensor]]) -> list[list[tuple[str, paddle.Tensor]]]:
-    groups, size = [[]], 0
-    for name, p in named:
-        if groups[-1] and size + p.size > BUCKET_SIZE:
-            groups.append([])
-            size = 0
-        groups[-1].append((name, p))
-        size += p.size
-    return groups
+            for name, p in self._trained.items():
+                p.copy_(own[name], True)

@@ -1,13 +1,16 @@
 """Operations whose fastest formulation depends on the device: one function each (attention has a module of its own).
 
-On a CPU, Paddle's broadcasting kernels and the row sums of their gradients are slow, its matrix products are fast:
-a product with a vector of ones broadcasts, and its gradient is again a product (`x * s` over [8, 256, 384] with s
-[8, 1, 384], forward and backward: 9.7 ms broadcast, 1.9 ms so). On a GPU the plain forms are used.
+On a GPU the plain forms are used, on a CPU the kernels of `native/`. Where those are not built, the formulation counts:
+Paddle's broadcasting kernels and the row sums of their gradients are slow on a CPU, its matrix products are fast. A
+product with a vector of ones broadcasts, and its gradient is again a product (`x * s` over [8, 256, 384] with s
+[8, 1, 384], forward and backward: 9.7 ms broadcast, 1.9 ms so).
 """
 
 import paddle
 import paddle.nn.functional as F
 from paddle import nn
+
+from .native import functions as native
 
 
 def on_cpu(x: paddle.Tensor) -> bool:
@@ -21,10 +24,37 @@ def expand_tokens(v: paddle.Tensor, tokens: int) -> paddle.Tensor:
     return paddle.bmm(paddle.ones([v.shape[0], tokens, 1], v.dtype), v) if on_cpu(v) else v
 
 
-def modulate(x: paddle.Tensor, shift: paddle.Tensor, scale: paddle.Tensor) -> paddle.Tensor:
-    """`x * (1 + scale) + shift` for x [B, N, D] and shift, scale [B, D] (adaLN, DiT paper section 3.2)."""
+def modulated_layer_norm(
+    x: paddle.Tensor, shift: paddle.Tensor, scale: paddle.Tensor, epsilon: float = 1e-6
+) -> paddle.Tensor:
+    """`norm(x) * (1 + scale) + shift` for x [B, N, D] and shift, scale [B, D] (adaLN, DiT paper section 3.2).
+
+    The normalization is over the last axis, without scale and shift of its own; epsilon 1e-6 as the official DiT.
+    """
+    if native.covers(x):
+        return native.layer_norm(x, scale + 1, shift, epsilon)
     tokens = x.shape[1]
-    return x * expand_tokens(scale + 1, tokens) + expand_tokens(shift, tokens)
+    return layer_norm(x, epsilon) * expand_tokens(scale + 1, tokens) + expand_tokens(shift, tokens)
+
+
+def gated_sum(x: paddle.Tensor, gate: paddle.Tensor, y: paddle.Tensor) -> paddle.Tensor:
+    """`x + gate * y` for x, y [B, N, D] and gate [B, D] (adaLN-Zero, DiT paper section 3.2)."""
+    if native.covers(x):
+        return native.gated_sum(x, gate, y)
+    return x + expand_tokens(gate, x.shape[1]) * y
+
+
+def gelu(x: paddle.Tensor, approximate: bool) -> paddle.Tensor:
+    """GELU, exact or in its tanh approximation."""
+    return native.gelu(x, approximate) if native.covers(x) else F.gelu(x, approximate=approximate)
+
+
+def lerp_(average: paddle.Tensor, value: paddle.Tensor, weight: float) -> None:
+    """`average += weight * (value - average)` in place, for tensors of one shape."""
+    if native.covers(average):
+        native.lerp_(average, value, weight)
+    else:
+        average.lerp_(value, weight)
 
 
 class Linear(nn.Linear):
@@ -33,6 +63,8 @@ class Linear(nn.Linear):
     def forward(self, x: paddle.Tensor) -> paddle.Tensor:
         if not on_cpu(x):
             return super().forward(x)
+        if native.covers(x):
+            return native.linear(x, self.weight, self.bias)
         rows = x.reshape([-1, x.shape[-1]])
         out = paddle.matmul(rows, self.weight)
         if self.bias is not None:
@@ -46,6 +78,8 @@ class LayerNorm(nn.LayerNorm):
     def forward(self, x: paddle.Tensor) -> paddle.Tensor:
         if not on_cpu(x):
             return super().forward(x)
+        if native.covers(x):
+            return native.layer_norm(x, self.weight, self.bias, self._epsilon)
         rows = layer_norm(x, self._epsilon).reshape([-1, x.shape[-1]])
         count = rows.shape[0]
         return (rows * _every_row(self.weight, count) + _every_row(self.bias, count)).reshape(x.shape)

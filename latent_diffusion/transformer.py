@@ -2,13 +2,13 @@
 
 import math
 import sys
+from abc import abstractmethod
 
 import paddle
-import paddle.nn.functional as F
 from paddle import nn
 
 from .attention import Attention
-from .ops import Linear
+from .ops import Linear, gelu
 from .runtime import is_first_process
 from .token_merging import MergesTokens, TokenMerging, merged_calls
 
@@ -59,7 +59,7 @@ class Mlp(nn.Layer):
         self.approximate = approximate
 
     def forward(self, x: paddle.Tensor) -> paddle.Tensor:
-        return self.fc2(F.gelu(self.fc1(x), approximate=self.approximate))
+        return self.fc2(gelu(self.fc1(x), self.approximate))
 
 
 class Block(nn.Layer):
@@ -106,9 +106,17 @@ class Backbone(MergesTokens, nn.Layer):
             if isinstance(layer, Attention):
                 layer.memory_efficient = enabled
 
-    def _run(self, block: nn.Layer, *inputs: paddle.Tensor) -> paddle.Tensor:
-        """A block's output, computed again in the backward pass if so switched."""
-        if not (self.enable_recompute and self.training):
+    @property
+    @abstractmethod
+    def _last_block(self) -> Block:
+        """The one whose output no other block takes."""
+
+    def _run(self, block: Block, *inputs: paddle.Tensor) -> paddle.Tensor:
+        """A block's output, computed again in the backward pass if so switched.
+
+        Not that of the last block: its backward pass comes first, when dropping what it keeps would save nothing.
+        """
+        if not (self.enable_recompute and self.training) or block is self._last_block:
             return block(*inputs)
         from paddle.distributed.fleet.utils import recompute
 

@@ -32,3 +32,4 @@ pip install --requirement "$requirements" >>"$log" 2>&1 || {
     fail "pip could not install $requirements; the whole log is in $log"
 }
 "$venv/bin/python" scripts/check_install.py || fail "a package does not import"
+"$venv/bin/python" -m latent_diffusion.native

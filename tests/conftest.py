@@ -18,6 +18,7 @@ from latent_diffusion.ema import EMA  # noqa: E402
 from latent_diffusion.objectives import LearnedRangeDDPM  # noqa: E402
 from latent_diffusion.schedules import NoiseSchedule  # noqa: E402
 from latent_diffusion.weights import read_torch  # noqa: E402
+from tests import formulations  # noqa: E402
 
 DATA = Path(__file__).parent / "data" / "dit"
 
@@ -135,10 +136,15 @@ class GoldenTraining:
     ema_fast_delta: dict[str, np.ndarray]
 
 
-@pytest.fixture(scope="session")
-def golden_training(make_dit, golden, golden_json) -> GoldenTraining:
+@pytest.fixture(scope="session", params=formulations.ON_CPU)
+def golden_training(request, make_dit, golden, golden_json) -> GoldenTraining:
     """Trains the reference model on the reference batches for three steps."""
-    model, batches, settings = make_dit(), golden("losses_batches"), golden_json("config")
+    with formulations.computing_with(request.param):
+        return _train(make_dit(), golden, golden_json)
+
+
+def _train(model, golden, golden_json) -> GoldenTraining:
+    batches, settings = golden("losses_batches"), golden_json("config")
     transposed = linear_weights(model)
 
     def named(state) -> dict[str, np.ndarray]:

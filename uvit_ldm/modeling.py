@@ -69,6 +69,10 @@ class UViT(Backbone):
                 uniform(layer.weight)
                 uniform(layer.bias)
 
+    @property
+    def _last_block(self) -> UViTBlock:
+        return self.out_blocks[-1]
+
     def forward(self, x: paddle.Tensor, t: paddle.Tensor, context: paddle.Tensor) -> paddle.Tensor:
         """Predicts the noise of noisy latents.
 

@@ -8,6 +8,7 @@ from dit.configuration import DiTConfig
 from dit.modeling import DiT, DiTBlock, sincos_positions
 from latent_diffusion import attention, ops
 from latent_diffusion.transformer import sinusoid
+from tests import formulations
 
 # Largest absolute differences that a float32 implementation should meet: four times those of the reference to its
 # own float64 run.
@@ -40,13 +41,11 @@ def inputs(arrays: dict[str, np.ndarray], suffix: str = "") -> list[paddle.Tenso
     return [paddle.to_tensor(arrays[name + suffix]) for name in ("x", "t", "y")]
 
 
-@pytest.fixture(params=["CPU formulations", "GPU formulations", "GPU formulations, fused attention"])
-def formulation(request, monkeypatch):
-    """Whether the operations take their CPU or their GPU form; all of them run on a CPU."""
-    if request.param != "CPU formulations":
-        monkeypatch.setattr(ops, "on_cpu", lambda x: False)
-        monkeypatch.setattr(attention, "on_cpu", lambda x: False)
-    return request.param
+@pytest.fixture(params=formulations.ALL)
+def formulation(request):
+    """The form that the operations take."""
+    with formulations.computing_with(request.param):
+        yield request.param
 
 
 def record(model: DiT, arrays: dict[str, np.ndarray]) -> dict[str, paddle.Tensor]:
@@ -249,18 +248,19 @@ def test_recompute_gives_the_same_gradients(dit, golden, monkeypatch):
     monkeypatch.setattr(DiTBlock, "forward", lambda *args: passes.append(1) or original(*args))
     dit.enable_recompute = True
     actual = gradients(dit, arrays)
-    assert len(passes) == 2 * len(dit.blocks)
+    assert len(passes) == 2 * len(dit.blocks) - 1  # not the last one
     assert actual.keys() == expected.keys() and len(actual) == 41
     for name, value in actual.items():
         np.testing.assert_array_equal(value, expected[name], err_msg=name)
 
 
-def test_gradients_of_the_gpu_formulations(dit, golden, monkeypatch):
+@pytest.mark.parametrize("name", ["CPU formulations", "GPU formulations"])
+def test_all_formulations_have_the_same_gradients(dit, golden, name):
     arrays = golden("forward")
     expected = gradients(dit, arrays)
-    monkeypatch.setattr(ops, "on_cpu", lambda x: False)
-    monkeypatch.setattr(attention, "on_cpu", lambda x: False)
-    for name, value in gradients(dit, arrays).items():
+    with formulations.computing_with(name):
+        actual = gradients(dit, arrays)
+    for name, value in actual.items():
         # The gradient of key biases is zero up to rounding.
         np.testing.assert_allclose(
             value, expected[name], rtol=0, atol=1e-5 * np.abs(expected[name]).max(), err_msg=name

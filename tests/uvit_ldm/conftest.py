@@ -11,6 +11,7 @@ import pytest
 from latent_diffusion.ema import EMA
 from latent_diffusion.text_encoder import TextEncoder
 from latent_diffusion.weights import read_torch
+from tests import formulations
 from tests.conftest import arrays_of, json_of, load_official
 from uvit_ldm.configuration import UViTConfig
 from uvit_ldm.modeling import UViT
@@ -93,10 +94,15 @@ class GoldenTraining:
     ema_half: dict[str, np.ndarray]
 
 
-@pytest.fixture(scope="session")
-def golden_training(make_uvit, golden, golden_json) -> GoldenTraining:
+@pytest.fixture(scope="session", params=formulations.ON_CPU)
+def golden_training(request, make_uvit, golden, golden_json) -> GoldenTraining:
     """Trains the reference model on the reference batches for three steps."""
-    model, batches, settings = make_uvit(), golden("losses_batches"), golden_json("config")["optimizer"]
+    with formulations.computing_with(request.param):
+        return _train(make_uvit(), golden, golden_json)
+
+
+def _train(model, golden, golden_json) -> GoldenTraining:
+    batches, settings = golden("losses_batches"), golden_json("config")["optimizer"]
     transposed = {f"{n}.weight" for n, layer in model.named_sublayers() if isinstance(layer, paddle.nn.Linear)}
 
     def named(state) -> dict[str, np.ndarray]:

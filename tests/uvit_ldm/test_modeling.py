@@ -5,8 +5,8 @@ import numpy as np
 import paddle
 import pytest
 
-from latent_diffusion import attention, ops
 from latent_diffusion.transformer import sinusoid
+from tests import formulations
 from tests.conftest import linear_weights
 from uvit_ldm.configuration import UViTConfig
 from uvit_ldm.modeling import UViT
@@ -30,13 +30,11 @@ def close(actual: paddle.Tensor, expected: np.ndarray, tolerance: float) -> None
     np.testing.assert_allclose(actual.numpy(), expected, rtol=0, atol=tolerance)
 
 
-@pytest.fixture(params=["CPU formulations", "GPU formulations", "GPU formulations, fused attention"])
-def formulation(request, monkeypatch):
-    """Whether the operations take their CPU or their GPU form; all of them run on a CPU."""
-    if request.param != "CPU formulations":
-        monkeypatch.setattr(ops, "on_cpu", lambda x: False)
-        monkeypatch.setattr(attention, "on_cpu", lambda x: False)
-    return request.param
+@pytest.fixture(params=formulations.ALL)
+def formulation(request):
+    """The form that the operations take."""
+    with formulations.computing_with(request.param):
+        yield request.param
 
 
 def record(model: UViT, *inputs: paddle.Tensor) -> dict[str, tuple[paddle.Tensor, float]]:

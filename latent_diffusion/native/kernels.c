@@ -1,0 +1,349 @@
+/* Kernels for training and sampling on a CPU: what Paddle computes on one thread or in several passes over memory.
+ *
+ * Every array is float32, dense and row-major. Each result is computed in an order that the number of threads does not
+ * change, so that runs are repeatable bit for bit. `library.py` builds this file, `functions.py` has the shapes and the
+ * gradients.
+ */
+#include <math.h>
+#include <omp.h>
+#include <stdint.h>
+#include <string.h>
+
+#define BLOCK 64 /* columns that one thread sums at a time, and rows it sums before they join the total */
+
+/* Of the math library that comes with Paddle. */
+enum { ROW_MAJOR = 101, PLAIN = 111, TRANSPOSED = 112 };
+void cblas_sgemm(int order, int transpose_a, int transpose_b, int m, int n, int k, float alpha, const float *a,
+                 int lda, const float *b, int ldb, float beta, float *c, int ldc);
+
+/* Of oneDNN 3, which comes with Paddle without its headers (oneapi/dnnl/dnnl.h). */
+typedef struct dnnl_engine *dnnl_engine_t;
+typedef struct dnnl_stream *dnnl_stream_t;
+typedef struct dnnl_memory *dnnl_memory_t;
+typedef struct dnnl_memory_desc *dnnl_memory_desc_t;
+typedef struct dnnl_primitive *dnnl_primitive_t;
+typedef struct dnnl_primitive_desc *dnnl_primitive_desc_t;
+typedef int64_t dnnl_dims_t[12];
+typedef struct {
+    int arg;
+    dnnl_memory_t memory;
+} dnnl_exec_arg_t;
+enum { DNNL_CPU = 1, DNNL_DEFAULT_FLAGS = 1, DNNL_BF16 = 2, DNNL_F32 = 3 };
+enum { DNNL_ARG_SRC = 1, DNNL_ARG_DST = 17, DNNL_ARG_WEIGHTS = 33 };
+int dnnl_engine_create(dnnl_engine_t *, int kind, size_t index);
+int dnnl_stream_create(dnnl_stream_t *, dnnl_engine_t, unsigned flags);
+int dnnl_stream_wait(dnnl_stream_t);
+int dnnl_memory_desc_create_with_strides(dnnl_memory_desc_t *, int ndims, const dnnl_dims_t, int type, const dnnl_dims_t);
+int dnnl_memory_desc_destroy(dnnl_memory_desc_t);
+int dnnl_memory_create(dnnl_memory_t *, dnnl_memory_desc_t, dnnl_engine_t, void *);
+int dnnl_memory_destroy(dnnl_memory_t);
+int dnnl_matmul_primitive_desc_create(dnnl_primitive_desc_t *, dnnl_engine_t, dnnl_memory_desc_t, dnnl_memory_desc_t,
+                                      dnnl_memory_desc_t bias, dnnl_memory_desc_t, void *attributes);
+int dnnl_primitive_desc_destroy(dnnl_primitive_desc_t);
+int dnnl_primitive_create(dnnl_primitive_t *, dnnl_primitive_desc_t);
+int dnnl_primitive_execute(dnnl_primitive_t, dnnl_stream_t, int count, const dnnl_exec_arg_t *);
+int dnnl_primitive_destroy(dnnl_primitive_t);
+
+/* e^x without a call, so that loops over it become vector instructions; relative error 2e-7 (Cephes, expf). */
+static inline float exponential(float x) {
+    x = x < -87.0f ? -87.0f : x > 88.0f ? 88.0f : x;
+    float n = rintf(x * 1.44269504088896341f);
+    float r = x - n * 0.693359375f + n * 2.12194440e-4f;
+    float p = 1.9875691500e-4f;
+    p = p * r + 1.3981999507e-3f;
+    p = p * r + 8.3334519073e-3f;
+    p = p * r + 4.1665795894e-2f;
+    p = p * r + 1.6666665459e-1f;
+    p = p * r + 5.0000001201e-1f;
+    int32_t bits = ((int32_t)n + 127) << 23;
+    float power;
+    memcpy(&power, &bits, sizeof power);
+    return (p * r * r + r + 1.0f) * power;
+}
+
+/* Normal distribution function at x; absolute error 1e-7 (Abramowitz and Stegun, 7.1.26). */
+static inline float normal_cdf(float x) {
+    float z = fabsf(x) * 0.70710678118654752f;
+    float t = 1.0f / (1.0f + 0.3275911f * z);
+    float p = ((((1.061405429f * t - 1.453152027f) * t + 1.421413741f) * t - 0.284496736f) * t + 0.254829592f) * t;
+    float tail = 0.5f * p * exponential(-z * z);
+    return x < 0.0f ? tail : 1.0f - tail;
+}
+
+static const float TANH_SCALE = 0.79788456080286536f; /* sqrt(2 / pi) */
+static const float CUBE = 0.044715f;
+
+/* GELU of n values, exact or in its tanh approximation. */
+void gelu(float *out, const float *x, int64_t n, int approximate) {
+    if (approximate) {
+#pragma omp parallel for simd
+        for (int64_t i = 0; i < n; i++) {
+            float v = x[i];
+            out[i] = v / (1.0f + exponential(-2.0f * TANH_SCALE * (v + CUBE * v * v * v)));
+        }
+    } else {
+#pragma omp parallel for simd
+        for (int64_t i = 0; i < n; i++) out[i] = x[i] * normal_cdf(x[i]);
+    }
+}
+
+void gelu_gradient(float *dx, const float *dy, const float *x, int64_t n, int approximate) {
+    if (approximate) {
+#pragma omp parallel for simd
+        for (int64_t i = 0; i < n; i++) {
+            float v = x[i], square = v * v;
+            float s = 1.0f / (1.0f + exponential(-2.0f * TANH_SCALE * v * (1.0f + CUBE * square)));
+            dx[i] = dy[i] * (s + v * s * (1.0f - s) * 2.0f * TANH_SCALE * (1.0f + 3.0f * CUBE * square));
+        }
+    } else {
+#pragma omp parallel for simd
+        for (int64_t i = 0; i < n; i++) {
+            float v = x[i];
+            dx[i] = dy[i] * (normal_cdf(v) + v * 0.3989422804014327f * exponential(-0.5f * v * v));
+        }
+    }
+}
+
+/* x += bias, for every row. */
+void add_bias(float *x, const float *bias, int64_t rows, int64_t width) {
+#pragma omp parallel for
+    for (int64_t r = 0; r < rows; r++) {
+        float *row = x + r * width;
+#pragma omp simd
+        for (int64_t i = 0; i < width; i++) row[i] += bias[i];
+    }
+}
+
+/* Sums over rows of [rows, width], as the gradient of a bias is. */
+void column_sums(float *out, const float *x, int64_t rows, int64_t width) {
+#pragma omp parallel for
+    for (int64_t first = 0; first < width; first += BLOCK) {
+        int64_t count = width - first < BLOCK ? width - first : BLOCK;
+        float total[BLOCK] = {0};
+        for (int64_t top = 0; top < rows; top += BLOCK) {
+            int64_t bottom = top + BLOCK < rows ? top + BLOCK : rows;
+            float part[BLOCK] = {0};
+            for (int64_t r = top; r < bottom; r++)
+                for (int64_t i = 0; i < count; i++) part[i] += x[r * width + first + i];
+            for (int64_t i = 0; i < count; i++) total[i] += part[i];
+        }
+        memcpy(out + first, total, count * sizeof(float));
+    }
+}
+
+/* Normalizes each row, then multiplies by gain and adds shift, which each group of `tokens` rows has of its own.
+ * Keeps mean and inverse deviation of each row for the gradient. */
+void layer_norm(float *out, float *mean, float *inverse, const float *x, const float *gain, const float *shift,
+                int64_t groups, int64_t tokens, int64_t width, float epsilon) {
+#pragma omp parallel for
+    for (int64_t r = 0; r < groups * tokens; r++) {
+        const float *row = x + r * width, *g = gain + r / tokens * width, *s = shift + r / tokens * width;
+        float *y = out + r * width, sum = 0.0f, squares = 0.0f;
+#pragma omp simd reduction(+ : sum)
+        for (int64_t i = 0; i < width; i++) sum += row[i];
+        float m = sum / width;
+#pragma omp simd reduction(+ : squares)
+        for (int64_t i = 0; i < width; i++) squares += (row[i] - m) * (row[i] - m);
+        float inv = 1.0f / sqrtf(squares / width + epsilon);
+#pragma omp simd
+        for (int64_t i = 0; i < width; i++) y[i] = (row[i] - m) * inv * g[i] + s[i];
+        mean[r] = m;
+        inverse[r] = inv;
+    }
+}
+
+void layer_norm_gradient(float *dx, float *dgain, float *dshift, const float *dy, const float *x, const float *mean,
+                         const float *inverse, const float *gain, int64_t groups, int64_t tokens, int64_t width) {
+#pragma omp parallel for
+    for (int64_t r = 0; r < groups * tokens; r++) {
+        const float *row = x + r * width, *d = dy + r * width, *g = gain + r / tokens * width;
+        float *out = dx + r * width, m = mean[r], inv = inverse[r], sum = 0.0f, product = 0.0f;
+#pragma omp simd reduction(+ : sum, product)
+        for (int64_t i = 0; i < width; i++) {
+            sum += d[i] * g[i];
+            product += d[i] * g[i] * (row[i] - m);
+        }
+        sum /= width;
+        product *= inv * inv / width;
+#pragma omp simd
+        for (int64_t i = 0; i < width; i++) out[i] = inv * (d[i] * g[i] - sum - (row[i] - m) * product);
+    }
+    int64_t blocks = (width + BLOCK - 1) / BLOCK;
+#pragma omp parallel for
+    for (int64_t task = 0; task < groups * blocks; task++) {
+        int64_t group = task / blocks, first = task % blocks * BLOCK;
+        int64_t count = width - first < BLOCK ? width - first : BLOCK;
+        float gains[BLOCK] = {0}, shifts[BLOCK] = {0};
+        for (int64_t top = 0; top < tokens; top += BLOCK) {
+            int64_t bottom = top + BLOCK < tokens ? top + BLOCK : tokens;
+            float gain_part[BLOCK] = {0}, shift_part[BLOCK] = {0};
+            for (int64_t t = top; t < bottom; t++) {
+                int64_t r = group * tokens + t;
+                const float *row = x + r * width + first, *d = dy + r * width + first;
+                for (int64_t i = 0; i < count; i++) {
+                    gain_part[i] += d[i] * ((row[i] - mean[r]) * inverse[r]);
+                    shift_part[i] += d[i];
+                }
+            }
+            for (int64_t i = 0; i < count; i++) gains[i] += gain_part[i], shifts[i] += shift_part[i];
+        }
+        memcpy(dgain + group * width + first, gains, count * sizeof(float));
+        memcpy(dshift + group * width + first, shifts, count * sizeof(float));
+    }
+}
+
+/* out = x + gate * y; each group of `tokens` rows has a gate [width] of its own. */
+void gated_sum(float *out, const float *x, const float *gate, const float *y, int64_t groups, int64_t tokens,
+               int64_t width) {
+#pragma omp parallel for
+    for (int64_t r = 0; r < groups * tokens; r++) {
+        const float *g = gate + r / tokens * width;
+#pragma omp simd
+        for (int64_t i = r * width; i < (r + 1) * width; i++) out[i] = x[i] + g[i - r * width] * y[i];
+    }
+}
+
+void gated_sum_gradient(float *dgate, float *dy, const float *dout, const float *gate, const float *y, int64_t groups,
+                        int64_t tokens, int64_t width) {
+    int64_t blocks = (width + BLOCK - 1) / BLOCK;
+#pragma omp parallel for
+    for (int64_t task = 0; task < groups * blocks; task++) {
+        int64_t group = task / blocks, first = task % blocks * BLOCK;
+        int64_t count = width - first < BLOCK ? width - first : BLOCK;
+        const float *g = gate + group * width + first;
+        float total[BLOCK] = {0};
+        for (int64_t top = 0; top < tokens; top += BLOCK) {
+            int64_t bottom = top + BLOCK < tokens ? top + BLOCK : tokens;
+            float part[BLOCK] = {0};
+            for (int64_t t = top; t < bottom; t++) {
+                int64_t at = (group * tokens + t) * width + first;
+                for (int64_t i = 0; i < count; i++) {
+                    part[i] += dout[at + i] * y[at + i];
+                    dy[at + i] = g[i] * dout[at + i];
+                }
+            }
+            for (int64_t i = 0; i < count; i++) total[i] += part[i];
+        }
+        memcpy(dgate + group * width + first, total, count * sizeof(float));
+    }
+}
+
+static void softmax_rows(float *x, int64_t rows, int64_t width) {
+    for (int64_t r = 0; r < rows; r++) {
+        float *row = x + r * width, top = row[0], sum = 0.0f;
+#pragma omp simd reduction(max : top)
+        for (int64_t i = 0; i < width; i++) top = row[i] > top ? row[i] : top;
+#pragma omp simd reduction(+ : sum)
+        for (int64_t i = 0; i < width; i++) sum += row[i] = exponential(row[i] - top);
+        float inv = 1.0f / sum;
+#pragma omp simd
+        for (int64_t i = 0; i < width; i++) row[i] *= inv;
+    }
+}
+
+/* Self-attention of qkv [batch, tokens, 3, heads, dim] -> out [batch, tokens, heads, dim].
+ * A thread takes one head of one sample: its weights stay in the cache, in its part of scratch [threads, tokens,
+ * tokens], and are not kept; the products read the heads where they lie. */
+void attention(float *out, float *scratch, const float *qkv, int64_t batch, int64_t tokens, int64_t heads,
+               int64_t dim) {
+    int64_t width = heads * dim, stride = 3 * width;
+#pragma omp parallel for
+    for (int64_t task = 0; task < batch * heads; task++) {
+        const float *q = qkv + task / heads * tokens * stride + task % heads * dim;
+        const float *k = q + width, *v = k + width;
+        float *weights = scratch + omp_get_thread_num() * tokens * tokens;
+        cblas_sgemm(ROW_MAJOR, PLAIN, TRANSPOSED, tokens, tokens, dim, 1.0f / sqrtf(dim), q, stride, k, stride, 0.0f,
+                    weights, tokens);
+        softmax_rows(weights, tokens, tokens);
+        cblas_sgemm(ROW_MAJOR, PLAIN, PLAIN, tokens, dim, tokens, 1.0f, weights, tokens, v, stride, 0.0f,
+                    out + task / heads * tokens * width + task % heads * dim, width);
+    }
+}
+
+/* The weights are computed again; scratch is [threads, 2, tokens, tokens]. */
+void attention_gradient(float *dqkv, float *scratch, const float *dout, const float *qkv, int64_t batch, int64_t tokens,
+                        int64_t heads, int64_t dim) {
+    int64_t width = heads * dim, stride = 3 * width;
+    float scale = 1.0f / sqrtf(dim);
+#pragma omp parallel for
+    for (int64_t task = 0; task < batch * heads; task++) {
+        int64_t at = task / heads * tokens * stride + task % heads * dim;
+        const float *q = qkv + at, *k = q + width, *v = k + width;
+        const float *d = dout + task / heads * tokens * width + task % heads * dim;
+        float *dq = dqkv + at, *dk = dq + width, *dv = dk + width;
+        float *weights = scratch + omp_get_thread_num() * 2 * tokens * tokens, *dweights = weights + tokens * tokens;
+        cblas_sgemm(ROW_MAJOR, PLAIN, TRANSPOSED, tokens, tokens, dim, scale, q, stride, k, stride, 0.0f, weights,
+                    tokens);
+        softmax_rows(weights, tokens, tokens);
+        cblas_sgemm(ROW_MAJOR, TRANSPOSED, PLAIN, tokens, dim, tokens, 1.0f, weights, tokens, d, width, 0.0f, dv,
+                    stride);
+        cblas_sgemm(ROW_MAJOR, PLAIN, TRANSPOSED, tokens, tokens, dim, 1.0f, d, width, v, stride, 0.0f, dweights,
+                    tokens);
+        for (int64_t r = 0; r < tokens; r++) {
+            float *w = weights + r * tokens, *dw = dweights + r * tokens, sum = 0.0f;
+#pragma omp simd reduction(+ : sum)
+            for (int64_t i = 0; i < tokens; i++) sum += w[i] * dw[i];
+#pragma omp simd
+            for (int64_t i = 0; i < tokens; i++) dw[i] = w[i] * (dw[i] - sum);
+        }
+        cblas_sgemm(ROW_MAJOR, PLAIN, PLAIN, tokens, dim, tokens, scale, dweights, tokens, k, stride, 0.0f, dq, stride);
+        cblas_sgemm(ROW_MAJOR, TRANSPOSED, PLAIN, tokens, dim, tokens, scale, dweights, tokens, q, stride, 0.0f, dk,
+                    stride);
+    }
+}
+
+/* Rounds to the nearest bfloat16, ties to even; NaN stays NaN. */
+void to_bfloat16(uint16_t *out, const float *x, int64_t n) {
+#pragma omp parallel for simd
+    for (int64_t i = 0; i < n; i++) {
+        uint32_t bits;
+        memcpy(&bits, x + i, sizeof bits);
+        uint32_t rounded = bits + 0x7fff + (bits >> 16 & 1);
+        out[i] = x[i] == x[i] ? rounded >> 16 : 0x7fc0;
+    }
+}
+
+/* A matrix of rows x columns at `values`, as it is or as the transpose of what lies there. */
+static int describe(dnnl_memory_desc_t *matrix, int type, int64_t rows, int64_t columns, int64_t transposed) {
+    dnnl_dims_t sizes = {rows, columns}, strides = {transposed ? 1 : columns, transposed ? rows : 1};
+    return dnnl_memory_desc_create_with_strides(matrix, 2, sizes, type, strides);
+}
+
+/* out [m, n] float32 = a [m, k] x b [k, n], both bfloat16, each as it is or transposed in memory; sums are float32.
+ * oneDNN keeps what it makes for a shape, so making it again costs microseconds. Returns its status, 0 for success. */
+int bfloat16_product(float *out, void *a, void *b, int64_t m, int64_t n, int64_t k, int64_t transpose_a,
+                     int64_t transpose_b) {
+    static dnnl_engine_t engine;
+    static dnnl_stream_t stream;
+    dnnl_memory_desc_t kinds[3] = {0};
+    dnnl_memory_t memories[3] = {0};
+    dnnl_primitive_desc_t description = 0;
+    dnnl_primitive_t product = 0;
+    int status = 0;
+    if (!stream) status = dnnl_engine_create(&engine, DNNL_CPU, 0) || dnnl_stream_create(&stream, engine, DNNL_DEFAULT_FLAGS);
+    status = status || describe(kinds, DNNL_BF16, m, k, transpose_a) || describe(kinds + 1, DNNL_BF16, k, n, transpose_b) ||
+             describe(kinds + 2, DNNL_F32, m, n, 0) ||
+             dnnl_matmul_primitive_desc_create(&description, engine, kinds[0], kinds[1], 0, kinds[2], 0) ||
+             dnnl_primitive_create(&product, description) || dnnl_memory_create(memories, kinds[0], engine, a) ||
+             dnnl_memory_create(memories + 1, kinds[1], engine, b) ||
+             dnnl_memory_create(memories + 2, kinds[2], engine, out);
+    dnnl_exec_arg_t arguments[] = {
+        {DNNL_ARG_SRC, memories[0]}, {DNNL_ARG_WEIGHTS, memories[1]}, {DNNL_ARG_DST, memories[2]}};
+    status = status || dnnl_primitive_execute(product, stream, 3, arguments) || dnnl_stream_wait(stream);
+    for (int i = 0; i < 3; i++) {
+        if (memories[i]) dnnl_memory_destroy(memories[i]);
+        if (kinds[i]) dnnl_memory_desc_destroy(kinds[i]);
+    }
+    if (product) dnnl_primitive_destroy(product);
+    if (description) dnnl_primitive_desc_destroy(description);
+    return status;
+}
+
+/* average += weight * (value - average). */
+void lerp(float *average, const float *value, float weight, int64_t n) {
+#pragma omp parallel for simd
+    for (int64_t i = 0; i < n; i++) average[i] += weight * (value[i] - average[i]);
+}
+
+/* How many threads a kernel takes. */
+int threads(void) { return omp_get_max_threads(); }
