@@ -77,9 +77,7 @@ def output_file(arguments: argparse.Namespace) -> Path:
 def main() -> None:
     arguments = parse_arguments()
     check(arguments)
-    tuning = runtime.start()
-    if runtime.is_first_process():
-        print(tuning, flush=True)
+    runtime.announce(runtime.start())
     from latent_diffusion import device, distributed
     from latent_diffusion.evaluation import report
     from latent_diffusion.evaluation.extractors import make_extractor

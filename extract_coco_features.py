@@ -60,7 +60,7 @@ def parse_arguments() -> argparse.Namespace:
 @command
 def main() -> None:
     arguments = parse_arguments()
-    print(runtime.start(), flush=True)
+    runtime.announce(runtime.start())
     from latent_diffusion import device
     from latent_diffusion.text_encoder import TextEncoder
     from latent_diffusion.vae import full_name, load_vae

@@ -52,7 +52,7 @@ def parse_arguments() -> argparse.Namespace:
 @command
 def main() -> None:
     arguments = parse_arguments()
-    print(runtime.start(), flush=True)
+    runtime.announce(runtime.start())
     from dit.extraction import ExtractionSettings, extract_features
     from latent_diffusion import device
     from latent_diffusion.vae import full_name, load_vae

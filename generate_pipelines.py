@@ -52,7 +52,7 @@ def parse_arguments() -> argparse.Namespace:
 @command
 def main() -> None:
     arguments = parse_arguments()
-    print(runtime.start(), flush=True)
+    runtime.announce(runtime.start())
     runtime.import_paddlenlp()
     from paddlenlp.utils.log import logger
 

@@ -26,7 +26,7 @@ def main() -> None:
     arguments = parse_arguments()
     check_sampling_arguments(arguments)
     _check_output(arguments.output)
-    print(runtime.start(), flush=True)
+    runtime.announce(runtime.start())
     from dit.classes import default_labels, parse_labels
     from dit.export import read_labels
     from dit.image_sampling import load_image_sampler

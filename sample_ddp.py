@@ -29,9 +29,7 @@ def main() -> None:
     arguments = parse_arguments()
     check_sampling_arguments(arguments)
     set_tf32(arguments.tf32)
-    tuning = runtime.start()
-    if runtime.is_first_process():
-        print(tuning, flush=True)
+    runtime.announce(runtime.start())
     from dit.image_sampling import load_image_sampler
     from latent_diffusion import device, many_samples
     from latent_diffusion.sample_folder import SampleFolder

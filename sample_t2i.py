@@ -71,9 +71,7 @@ def main() -> None:
     check(arguments)
     prompts = read_prompts(arguments)
     set_tf32(arguments.tf32)
-    tuning = runtime.start()
-    if runtime.is_first_process():
-        print(tuning, flush=True)
+    runtime.announce(runtime.start())
     from latent_diffusion import device, many_samples
     from latent_diffusion.sample_folder import SampleFolder
 

@@ -3,7 +3,7 @@
 import argparse
 from pathlib import Path
 
-from latent_diffusion import runtime
+from latent_diffusion import profiling, runtime
 from latent_diffusion.command_line import ArgumentParser
 from latent_diffusion.errors import command
 from latent_diffusion.evaluation.flags import add_evaluation_arguments
@@ -44,11 +44,12 @@ def parse_arguments() -> argparse.Namespace:
     add("--warmup-steps", type=int, default=0, help="steps over which the learning rate rises")
     add("--ema-decay", type=float, default=0.9999, help="decay of the averaged weights")
     parser.add_switch("--recompute", help="recompute activations in the backward pass")
-    add("--amp", type=_amp, choices=["off", "fp16", "bf16"], default="off", help="mixed precision (GPU)")
+    add("--amp", type=_amp, choices=["off", "fp16", "bf16"], default="off", help="mixed precision; a CPU has no fp16")
     add("--num-workers", type=int, default=4, help="processes that read data")
     add("--log-every", type=int, default=100, help="steps between log lines")
     add("--ckpt-every", type=int, default=50_000, help="steps between checkpoints")
     add_evaluation_arguments(parser)
+    parser.add_switch("--profile", help=profiling.HELP)
     add("--device", choices=["cpu", "gpu"], help="default: the GPU where there is one")
     parser.add_switch("--use-parallel", help="of MindONE's command line: insist on several processes")
     return parser.parse_args()
@@ -67,9 +68,7 @@ def _amp(text: str) -> str:
 @command
 def main() -> None:
     args = parse_arguments()
-    tuning = runtime.start()
-    if runtime.is_first_process():
-        print(tuning, flush=True)
+    runtime.announce(runtime.start())
     from dit.loop import train
 
     train(args)

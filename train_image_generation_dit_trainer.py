@@ -12,8 +12,7 @@ def main() -> None:
     from latent_diffusion.training_arguments import parse
 
     dit_args, args = parse(DiTArguments, DiTTrainingArguments, description=__doc__)
-    if args.should_save:
-        print(tuning, flush=True)
+    runtime.announce(tuning)
     train(dit_args, args)
 
 

@@ -12,8 +12,7 @@ def main() -> None:
     from uvit_ldm.trainer import UViTArguments, UViTTrainingArguments, train
 
     uvit_args, args = parse(UViTArguments, UViTTrainingArguments, description=__doc__)
-    if args.should_save:
-        print(tuning, flush=True)
+    runtime.announce(tuning)
     train(uvit_args, args)
 
 

@@ -44,7 +44,7 @@ LEAST_CLASS_ACCURACY, LEAST_REAL_ACCURACY = 0.90, 0.97
 def main() -> None:
     ArgumentParser(description=__doc__).parse_args()
     start = time.monotonic()
-    runtime.start()
+    runtime.announce(runtime.start())
     begin(DATA, OUTPUT)
     steps = Steps(len(COMMANDS) + 2)
     steps.begin("draw the digits")

@@ -61,7 +61,7 @@ def main() -> None:
         if not folder.is_dir():
             raise InputError(f"the pipeline folder {folder} does not exist; run make demo and make demo-t2i first")
     judge = Judge().fit(*load_folder(arguments.data_path))
-    print(runtime.start(), flush=True)
+    runtime.announce(runtime.start())
     from .pipelines import load_dit, load_text_to_image
 
     prompts = make_prompts(TRAINING) + make_prompts(HELD_OUT)

@@ -114,7 +114,7 @@ def main() -> None:
     from uvit_ldm.captions import read_captions
 
     captions = [text for image in read_captions(arguments.captions_file) for text in image.captions]
-    runtime.start()
+    runtime.announce(runtime.start())
     write_text_encoder(captions, arguments.output_dir)
     print("the text encoder has random weights and stays as it is: only the U-ViT learns what words mean")
 

@@ -67,7 +67,7 @@ LEAST_RECOGNIZED = 0.85
 def main() -> None:
     ArgumentParser(description=__doc__).parse_args()
     start = time.monotonic()
-    runtime.start()
+    runtime.announce(runtime.start())
     begin(DATA, OUTPUT)
     commands = dict(COMMANDS)
     if (VAE / "config.json").exists():

@@ -18,7 +18,7 @@ def parse_arguments() -> argparse.Namespace:
 @command
 def main() -> None:
     arguments = parse_arguments()
-    print(runtime.start(), flush=True)
+    runtime.announce(runtime.start())
     from .digits import load_folder
 
     images, _ = load_folder(arguments.data_path)

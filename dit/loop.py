@@ -4,7 +4,6 @@ It shares network, objective, data stream, EMA and checkpoints with the Trainer:
 same losses, and a checkpoint of either can be exported, sampled and resumed.
 """
 
-import contextlib
 import json
 import math
 import sys
@@ -14,7 +13,7 @@ from pathlib import Path
 import paddle
 from tqdm import tqdm
 
-from latent_diffusion import checkpoint, device, distributed
+from latent_diffusion import checkpoint, device, distributed, precision
 from latent_diffusion.ema import EMA
 from latent_diffusion.errors import InputError
 from latent_diffusion.evaluation.flags import evaluation_flags
@@ -23,6 +22,7 @@ from latent_diffusion.experiment import Log, find_checkpoint, new_experiment
 from latent_diffusion.features import FeatureStore, StreamBatchSampler, TrainingLoader, TrainingStream
 from latent_diffusion.meter import Meter
 from latent_diffusion.optimizers import adamw, constant_with_warmup
+from latent_diffusion.profiling import StepProfiler
 from latent_diffusion.vae import encode_latents, load_fitting_vae
 
 from .configuration import DiTConfig
@@ -35,6 +35,9 @@ from .pretrained import build_model
 
 # What the loss is multiplied by at first in fp16; the scaler then adapts it. The Trainer's default.
 INITIAL_LOSS_SCALE = 2.0**15
+
+# What `--amp` says.
+AMP_DTYPES = {"off": None, "fp16": "float16", "bf16": "bfloat16"}
 
 # DDIM steps of the samples that are evaluated: as many as the Trainer takes by default.
 EVALUATION_SAMPLING_STEPS = 25
@@ -51,7 +54,7 @@ def train(args: Namespace) -> None:
     rank, world_size = distributed.start()
     check(args, world_size)
     eval_flags = evaluation_flags(args)
-    amp = args.amp if place == "gpu" else "off"
+    dtype, precision_note = precision.choose(AMP_DTYPES[args.amp], place)
 
     # The model: new, or from pretrained weights.
     config = DiTConfig.from_name_or_file(args.model, args.image_size, args.num_classes)
@@ -60,8 +63,8 @@ def train(args: Namespace) -> None:
     paddle.seed(args.global_seed)
     model, notes = build_model(config, args.init_from, resumed)
     model.enable_recompute = args.recompute
-    if amp != args.amp:
-        notes.append("--amp has no effect on a CPU; training in float32")
+    if precision_note:
+        notes.append(precision_note)
 
     # The data: features, or images and the VAE that encodes them.
     store, vae = open_data(args, model.config)
@@ -80,7 +83,7 @@ def train(args: Namespace) -> None:
     ema = EMA(model, args.ema_decay)
     schedule = constant_with_warmup(args.lr, args.warmup_steps)
     optimizer = adamw(model, schedule, args.weight_decay)
-    scaler = paddle.amp.GradScaler(enable=amp == "fp16", init_loss_scaling=INITIAL_LOSS_SCALE)
+    scaler = paddle.amp.GradScaler(enable=dtype == "float16", init_loss_scaling=INITIAL_LOSS_SCALE)
     first = 0
     if resumed:
         first, samples = load(resumed, model, ema, optimizer, schedule, scaler)
@@ -109,12 +112,13 @@ def train(args: Namespace) -> None:
     sampler = StreamBatchSampler(args.global_batch_size // world_size, first, steps, rank, world_size)
     loader = TrainingLoader(TrainingStream(store, objective, args.global_seed), sampler, args.num_workers)
     meter = Meter(args.global_batch_size)
+    profiler = StepProfiler(folder, first, steps, meter, log.line) if args.profile and log else None
     bar = tqdm(total=steps, initial=first, desc="train", unit="step", disable=rank > 0 or not sys.stderr.isatty())
     for step, batch in enumerate(loader, start=first + 1):
         labels = batch["labels"]
         latents = batch["latents"] if vae is None else encode_latents(vae, batch["images"], batch["posterior_noise"])
         with distributed.averaging_gradients(parallel, args.recompute):
-            with autocast(amp):
+            with precision.autocast(dtype):
                 losses = objective.losses(lambda x, t, y=labels: parallel(x, t, y), latents, batch["t"], batch["noise"])
             terms = {term: value.mean() for term, value in losses.items()}
             scaler.scale(terms["loss"]).backward()
@@ -125,6 +129,8 @@ def train(args: Namespace) -> None:
         ema.update(step)
         meter.add(terms)
         bar.update()
+        if profiler:
+            profiler.after_step(step)
 
         if step % args.log_every == 0 or step == steps:
             values = meter.read() | {"learning_rate": schedule.last_lr, "peak_memory_gib": device.peak_memory() / 2**30}
@@ -187,12 +193,6 @@ def open_folder(args: Namespace, name: str, resumed: Path | None, first: int) ->
     if note := checkpoint.set_aside(folder, after=first):
         print(f"note: {note}", file=sys.stderr)
     return folder
-
-
-def autocast(amp: str):
-    """Mixed precision in which weights stay float32 (level O1)."""
-    dtype = {"fp16": "float16", "bf16": "bfloat16"}.get(amp)
-    return paddle.amp.auto_cast(level="O1", dtype=dtype) if dtype else contextlib.nullcontext()
 
 
 def save(folder: Path, model: DiT, ema: EMA, optimizer, schedule, scaler, state: dict) -> None:

@@ -3,6 +3,7 @@
 import contextlib
 import sys
 from collections.abc import Callable
+from pathlib import Path
 
 import numpy as np
 import paddle
@@ -11,7 +12,9 @@ from paddlenlp.trainer.integrations import VisualDLCallback
 from tqdm import tqdm
 
 from .ema import EMA
-from .progress import training_line
+from .meter import Meter
+from .profiling import StepProfiler
+from .progress import training_line, write_line
 
 
 class EMACallback(TrainerCallback):
@@ -96,6 +99,23 @@ class ProgressCallback(TrainerCallback):
     def on_train_end(self, args, state, control, **kwargs):
         if self.bar is not None:
             self.bar.close()
+
+
+class ProfilingCallback(TrainerCallback):
+    """Profiles a few steps in the first process, see `StepProfiler`."""
+
+    def __init__(self, meter: Meter):
+        self.meter = meter
+        self.profiler: StepProfiler | None = None
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        if state.is_world_process_zero:
+            folder = Path(args.output_dir)
+            self.profiler = StepProfiler(folder, state.global_step, state.max_steps, self.meter, write_line)
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if self.profiler:
+            self.profiler.after_step(state.global_step)
 
 
 class EvaluationCallback(TrainerCallback):

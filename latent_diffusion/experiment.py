@@ -6,16 +6,13 @@ results/000-DiT-XL-2/
 
 import json
 import re
-import sys
 from pathlib import Path
 from typing import Literal
-
-from tqdm import tqdm
 
 from . import checkpoint
 from .errors import InputError
 from .evaluation.training import Evaluation
-from .progress import training_line
+from .progress import training_line, write_line
 
 _NAME = re.compile(r"(\d{3,})-(.+)")
 
@@ -89,13 +86,11 @@ class Log:
         self._file.close()
 
     def line(self, text: str) -> None:
-        # Above the bar, where there is one.
-        tqdm.write(text)
-        sys.stdout.flush()
+        write_line(text)
         self._file.write(text + "\n")
 
     def step(self, step: int, steps: int, values: dict[str, float]) -> None:
-        """Logs the values of one step; `values` has "steps_per_second"."""
+        """Logs the values of one step."""
         self.line(training_line(step, steps, values))
         for name, value in values.items():
             self._curves.add_scalar(f"train/{name}", value, step)

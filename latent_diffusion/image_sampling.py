@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import paddle
 
+from . import precision
 from .guidance import ALL_STEPS
 from .vae import decode_latents
 
@@ -48,7 +49,7 @@ class ImageSampler(ABC):
         on_step: Callable[[], object] | None,
     ) -> np.ndarray:
         """Images uint8 [B, H, W, 3] of the latents that the system's `sample_latents` gives for a condition."""
-        with paddle.amp.auto_cast(enable=self.amp_dtype is not None, dtype=self.amp_dtype or "float16"):
+        with precision.autocast(self.amp_dtype):
             latents = sample_latents(
                 self.model,
                 *condition,

@@ -17,38 +17,55 @@ class Meter:
 
     def __init__(self, samples_per_step: int, batches_per_step: int = 1):
         self.samples_per_step, self.batches_per_step = samples_per_step, batches_per_step
+        self._is_paused = False
         self.start()
 
     def start(self) -> None:
-        """Forgets what was added; the clock runs from here."""
+        """Forgets what was added; the clock runs from here, or stays paused."""
         self._sums: dict[str, paddle.Tensor] = {}
-        self._batches = 0
+        self._batches = self._timed_batches = 0
+        self._seconds = 0.0
         self._since = time.perf_counter()
 
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
-        """Around what is no training: the clock does not run."""
-        start = time.perf_counter()
+        """Around what is no training, or slower: the clock does not run, and rates are of the other steps.
+
+        It may hold for several steps, over readings and over further pauses.
+        """
+        if self._is_paused:
+            yield
+            return
+        self._seconds = self._elapsed()
+        self._is_paused = True
         try:
             yield
         finally:
-            self._since += time.perf_counter() - start
+            self._is_paused = False
+            self._since = time.perf_counter()
+
+    def _elapsed(self) -> float:
+        """Seconds that the clock has run."""
+        return self._seconds if self._is_paused else self._seconds + time.perf_counter() - self._since
 
     def add(self, terms: dict[str, paddle.Tensor]) -> None:
         """Adds the mean loss terms, scalars, of one micro-batch. They stay on the device: nothing waits for them."""
         for name, value in terms.items():
             self._sums[name] = self._sums.get(name, 0.0) + value.detach()
         self._batches += 1
+        self._timed_batches += not self._is_paused
 
     def read(self) -> dict[str, float]:
         """Means of the terms, "samples_per_second" and "steps_per_second" since the last reading.
 
-        All processes call it together, after at least one micro-batch.
+        There are no rates where all micro-batches came while the clock was paused. All processes call it together,
+        after at least one micro-batch.
         """
         means = self._means()
-        steps = self._batches / self.batches_per_step
-        seconds = time.perf_counter() - self._since
+        steps, seconds = self._timed_batches / self.batches_per_step, self._elapsed()
         self.start()
+        if not steps:
+            return means
         return means | {
             "samples_per_second": steps * self.samples_per_step / seconds,
             "steps_per_second": steps / seconds,

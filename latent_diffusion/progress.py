@@ -14,14 +14,18 @@ _SHOWN += ("samples_per_second", "steps_per_second", "peak_memory_gib")
 
 
 def training_line(step: int, steps: int, logs: dict[str, float]) -> str:
-    """One line of the log of training: the step, what was logged and the remaining time.
-
-    Args:
-        logs: has "steps_per_second".
-    """
+    """One line of the log of training: the step, what was logged and, where a rate was, the remaining time."""
     values = ", ".join(f"{name} {logs[name]:.4g}" for name in _SHOWN if name in logs)
-    remaining = tqdm.format_interval((steps - step) / logs["steps_per_second"])
-    return f"step {step}/{steps}: {values}, remaining {remaining}"
+    line = f"step {step}/{steps}: {values}"
+    if rate := logs.get("steps_per_second"):
+        line += f", remaining {tqdm.format_interval((steps - step) / rate)}"
+    return line
+
+
+def write_line(text: str) -> None:
+    """Prints a line, above the bar where there is one."""
+    tqdm.write(text)
+    sys.stdout.flush()
 
 
 def progress(total: int, desc: str, unit: str) -> tqdm:

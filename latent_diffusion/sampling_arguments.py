@@ -17,19 +17,21 @@ def add_device_arguments(parser: ArgumentParser) -> None:
     add(
         "--device", "--device-target", type=str.lower, choices=["cpu", "gpu"], help="without it the GPU if there is one"
     )
-    add("--dtype", choices=list(AMP_DTYPES), default="fp32", help="precision of the network on a GPU")
+    add("--dtype", choices=list(AMP_DTYPES), default="fp32", help="precision of matrix products; a CPU has no fp16")
     parser.add_switch("--enable-flash-attention", help="use Paddle's flash / memory-efficient attention on a GPU")
 
 
 def amp_dtype(device: str, dtype: str) -> str | None:
     """What `--dtype` means for the matrix products of a network on `device`: "float16", "bfloat16", None for float32.
 
-    Half precision has no effect on a CPU, which is said.
+    That `device` does not have it is said.
     """
-    if device == "cpu" and dtype != "fp32":
-        print(f"note: {dtype} has no effect on a CPU; sampling in float32", file=sys.stderr)
-        return None
-    return AMP_DTYPES[dtype]
+    from . import precision
+
+    chosen, note = precision.choose(AMP_DTYPES[dtype], device)
+    if note:
+        print(f"note: {note}", file=sys.stderr)
+    return chosen
 
 
 def add_guidance_arguments(parser: ArgumentParser, cfg_scale: float) -> None:

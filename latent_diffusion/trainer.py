@@ -12,14 +12,14 @@ from paddlenlp.trainer import PrinterCallback, Trainer, set_seed
 from paddlenlp.trainer import ProgressCallback as PaddleNLPProgressCallback
 from paddlenlp.trainer.integrations import VisualDLCallback
 from paddlenlp.trainer.trainer_utils import ShardingOption
-from tqdm import tqdm
 
-from . import checkpoint
+from . import checkpoint, precision
 from .callbacks import (
     EMACallback,
     EvaluationCallback,
     GradientNormCallback,
     ImageLoggingCallback,
+    ProfilingCallback,
     ProgressCallback,
 )
 from .ema import EMA
@@ -28,6 +28,7 @@ from .evaluation.training import SampleMaker, TrainingEvaluation, open_evaluatio
 from .features import FeatureStore, StreamBatchSampler, TrainingLoader, TrainingStream
 from .meter import Meter
 from .objectives import Denoiser, Objective
+from .progress import write_line
 from .training_arguments import SuiteArguments, SuiteTrainingArguments
 from .weights import read_paddle, write_paddle
 
@@ -80,6 +81,10 @@ class LatentDiffusionTrainer(Trainer):
                 self.add_callback(ImageLoggingCallback(self._meter.paused()(draw), every, self.ema, callback))
                 return
 
+    def profile_steps(self) -> None:
+        """Profiles a few steps; the files are in the output folder."""
+        self.add_callback(ProfilingCallback(self._meter))
+
     def evaluate_with(self, evaluation: TrainingEvaluation) -> None:
         """Runs `evaluation` whenever it is due; it keeps the best weights in the output folder.
 
@@ -103,8 +108,7 @@ class LatentDiffusionTrainer(Trainer):
         self.control.should_evaluate = False  # it would be asked for again at the end of an epoch
         if found is None:
             return
-        tqdm.write(found.line)
-        sys.stdout.flush()
+        write_line(found.line)
         if found.distance is not None:
             self.log({"eval_fid": found.distance})
 
@@ -159,9 +163,10 @@ class LatentDiffusionTrainer(Trainer):
         return TrainingLoader(self.train_dataset, sampler, args.dataloader_num_workers)
 
     def compute_loss(self, model, inputs, return_outputs=False):
-        losses = self.objective.losses(
-            self.denoiser(model, inputs), inputs["latents"], t=inputs["t"], noise=inputs["noise"]
-        )
+        with precision.autocast(self.args.cpu_dtype):
+            losses = self.objective.losses(
+                self.denoiser(model, inputs), inputs["latents"], t=inputs["t"], noise=inputs["noise"]
+            )
         terms = {name: value.mean() for name, value in losses.items()}
         self._meter.add(terms)
         return terms["loss"]
@@ -284,6 +289,8 @@ def run_training(
         model.enable_xformers_memory_efficient_attention()
     ema = EMA(model, suite_args.ema_decay, suite_args.ema_warmup) if suite_args.use_ema else None
     trainer = trainer_class(model, objective, store, ema, args)
+    if suite_args.profile:
+        trainer.profile_steps()
     if draw:
         trainer.log_images(draw, suite_args.image_logging_steps)
     if evaluation:

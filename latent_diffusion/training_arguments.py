@@ -10,6 +10,7 @@ from paddlenlp.trainer import PdArgumentParser, TrainingArguments
 from paddlenlp.trainer.trainer_utils import IntervalStrategy
 from paddlenlp.utils.log import logger
 
+from . import precision, profiling
 from .command_line import ArgumentParser
 from .errors import InputError
 from .evaluation import flags
@@ -46,6 +47,7 @@ class SuiteArguments:
     eval_reference: Optional[str] = field(default=None, metadata={"help": flags.HELP["reference"]})
     eval_extractor: str = field(default=EXTRACTORS[0], metadata={"help": flags.HELP["extractor"]})
     eval_weights: Optional[str] = field(default=None, metadata={"help": flags.HELP["weights"]})
+    profile: bool = field(default=False, metadata={"help": profiling.HELP})
     enable_xformers_memory_efficient_attention: bool = field(
         default=False, metadata={"help": "use Paddle's flash / memory-efficient attention (GPU)"}
     )
@@ -134,9 +136,14 @@ class SuiteTrainingArguments(TrainingArguments):
             raise InputError(f"--seed must be at least 0, not {self.seed}")
         if self.fp16 and self.bf16:
             raise InputError("--fp16 and --bf16 exclude each other")
-        if (self.fp16 or self.bf16) and self.device == "cpu":
-            print("note: --fp16 and --bf16 have no effect on a CPU; training in float32", file=sys.stderr)
+        self.cpu_dtype = None
+        if self.device == "cpu":
+            # PaddleNLP's mixed precision is for a GPU.
+            wanted = "float16" if self.fp16 else "bfloat16" if self.bf16 else None
+            self.cpu_dtype, note = precision.choose(wanted, "cpu")
             self.fp16 = self.bf16 = False
+            if note:
+                print(f"note: {note}", file=sys.stderr)
         if self.sharding and paddle.distributed.get_world_size() == 1:
             raise InputError("--sharding needs several processes; start with python -m paddle.distributed.launch")
         if self.unified_checkpoint:

@@ -42,7 +42,7 @@ def parse_arguments() -> argparse.Namespace:
 @command
 def main() -> None:
     arguments = parse_arguments()
-    print(runtime.start(), flush=True)
+    runtime.announce(runtime.start())
     from dit.export import export_pipeline, read_labels
     from dit.pretrained import read_pretrained
 

@@ -29,7 +29,7 @@ def parse_arguments() -> argparse.Namespace:
 @command
 def main() -> None:
     arguments = parse_arguments()
-    print(runtime.start(), flush=True)
+    runtime.announce(runtime.start())
     from dit.feature_conversion import convert_features
 
     converted = convert_features(

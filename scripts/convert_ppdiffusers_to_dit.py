@@ -30,7 +30,7 @@ def parse_arguments() -> argparse.Namespace:
 @command
 def main() -> None:
     arguments = parse_arguments()
-    print(runtime.start(), flush=True)
+    runtime.announce(runtime.start())
     from dit.official import save_official
     from dit.pretrained import read_pretrained
 

@@ -78,7 +78,7 @@ def _interval(text: str) -> tuple[float, float]:
 def main() -> None:
     arguments = parse_arguments()
     check(arguments)
-    tuning = runtime.start()
+    runtime.announce(runtime.start())
     from latent_diffusion import device, distributed
     from latent_diffusion.evaluation.extractors import make_extractor
     from latent_diffusion.evaluation.side import FeatureWork, open_side
@@ -88,8 +88,6 @@ def main() -> None:
 
     place = device.select(arguments.device)
     rank, _ = distributed.start()
-    if rank == 0:
-        print(tuning, flush=True)
     extractor = make_extractor(arguments.extractor, arguments.weights)
     settings = grid(arguments.samplers, arguments.steps, arguments.cfg_scales, arguments.guidance_intervals)
     is_uvit = holds_uvit(find_checkpoint(arguments), arguments.use_ema)

@@ -99,7 +99,7 @@ def test_a_picture_shows_eight_classes_and_is_named(pictures, folder):
 
 
 def test_the_keys_of_mindone_mean_the_flags(pictures, folder):
-    assert "note: fp16 has no effect on a CPU" in pictures["yaml"].ok().err
+    assert "note: float16 has no effect on a CPU" in pictures["yaml"].ok().err
     assert (folder / "yaml.png").read_bytes() == (folder / "flags.png").read_bytes()
 
 

@@ -89,19 +89,21 @@ def runs(root, loop_command, train_command, config_file, feature_path, vae_folde
         {
             "published": Command([str(part) for part in published], root / "published"),
             "two": loop_command(root / "two", *EIGHT, *FAST, "--global-seed", 23, "--recompute", processes=2),
-            "two_plain": loop_command(root / "two_plain", *EIGHT, *FAST, "--global-seed", 23, processes=2),
+            "two_plain": loop_command(root / "two_plain", *EIGHT, *FAST, "--global-seed", 23, "--profile", processes=2),
             "trainer": train_command(root / "trainer", *trainer, "--save_steps", 2),
             "one": loop_command(
-                root / "one", *EIGHT, *FAST, "--global_seed", 23, "--amp", "bf16", *evaluation_flags,
+                root / "one", *EIGHT, *FAST, "--global_seed", 23, "--amp", "fp16", *evaluation_flags,
                 "--vae", vae_folder,
             ),
             "packed": loop_command(
-                root / "packed_run", *EIGHT, *FAST, "--global-seed", 23, "--feature-path", root / "packed"
+                root / "packed_run", *EIGHT, *FAST, "--global-seed", 23, "--feature-path", root / "packed", "--profile"
             ),
-            "decayed": loop_command(root / "decayed", *EIGHT, *FAST, "--weight-decay", 0.1, "--warmup-steps", 2),
+            "decayed": loop_command(
+                root / "decayed", *EIGHT, *FAST, "--weight-decay", 0.1, "--warmup-steps", 2, "--amp", "bf16"
+            ),
             "trainer_decayed": train_command(
                 root / "trainer_decayed", *trainer, "--seed", 0, "--weight_decay", 0.1, "--warmup_steps", 2,
-                "--lr_scheduler_type", "constant_with_warmup",
+                "--lr_scheduler_type", "constant_with_warmup", "--profile", "--bf16",
             ),
             "folders": loop_command(root / "folders_run", *on_images, "--data-path", images["folders"]),
             "shards": loop_command(
@@ -175,6 +177,25 @@ def test_packed_features_train_as_the_files_they_were_made_of(runs, root):
     assert_same(root / "packed_run/results/000-tiny/checkpoint-4", root / "one/results/000-tiny/checkpoint-4")
 
 
+@pytest.mark.parametrize(
+    ("name", "folder"),
+    [("packed", "packed_run/results/000-tiny"), ("two_plain", "two_plain/results/000-tiny"), ("trainer_decayed", "")],
+)
+def test_a_profile_is_written_beside_the_checkpoints(runs, root, name, folder):
+    """That the same is learned show the tests of these runs."""
+    folder = root / folder if folder else root / name / "out"
+    lines = [line for line in runs[name].ok().out.splitlines() if line.startswith("wrote the profile of steps 3 to 4")]
+    assert len(lines) == 1
+    assert sorted(path.name for path in (folder / "profile").iterdir()) == ["operators.txt", "trace.json"]
+    assert "\nadamw_ " in (folder / "profile/operators.txt").read_text()
+
+
+def test_only_the_first_process_says_what_was_tuned_and_profiles(runs, root):
+    assert runs["two_plain"].ok().out.count("runtime: FLAGS_use_stride_kernel=0") == 1
+    other = (root / "two_plain/log/workerlog.1").read_text()
+    assert "runtime: " not in other and "profile" not in other
+
+
 @pytest.mark.parametrize("name", ["two", "two_plain"])
 def test_two_processes_train_as_one_with_and_without_recompute(runs, root, name):
     assert runs[name].ok().logged("loss") == runs["one"].ok().logged("loss")
@@ -226,7 +247,7 @@ def test_what_is_logged(runs, later, root):
     folder = root / "one/results/000-tiny"
     assert line in (folder / "log.txt").read_text()
     assert list((folder / "runs").glob("vdlrecords*"))
-    assert "note: --amp has no effect on a CPU" in runs["one"].out
+    assert "note: float16 has no effect on a CPU; computing in float32" in runs["one"].out
 
 
 def test_a_resume_says_what_is_not_as_before(later, root):

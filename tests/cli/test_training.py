@@ -268,7 +268,7 @@ def test_a_resumed_run_finds_the_same_distance(root, runs, later):
 
 def test_flags_without_effect_on_a_cpu_say_so_once(runs):
     notes = runs["accumulated"].ok().err
-    assert notes.count("--fp16 and --bf16 have no effect on a CPU") == 1
+    assert notes.count("float16 has no effect on a CPU") == 1
     assert notes.count("memory-efficient attention needs a GPU") == 1
     assert "Traceback" not in notes
 

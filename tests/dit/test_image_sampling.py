@@ -67,9 +67,9 @@ def test_the_scale_of_the_latents_can_be_given(load):
     ("dtype", "device", "expected"),
     [("fp32", "gpu", None), ("fp16", "gpu", "float16"), ("bf16", "gpu", "bfloat16"), ("fp16", "cpu", None)],
 )
-def test_half_precision_is_for_a_gpu(load, capsys, dtype, device, expected):
+def test_float16_is_for_a_gpu(load, capsys, dtype, device, expected):
     assert load("--dtype", dtype, device=device).amp_dtype == expected
-    noted = "note: fp16 has no effect on a CPU" in capsys.readouterr().err
+    noted = "note: float16 has no effect on a CPU" in capsys.readouterr().err
     assert noted == (device == "cpu")
 
 

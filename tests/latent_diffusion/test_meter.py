@@ -35,6 +35,28 @@ def test_the_clock_does_not_run_while_it_is_paused(monkeypatch):
     assert measured.read()["steps_per_second"] == 1 / 4
 
 
+def test_steps_while_the_clock_is_paused_count_for_means_and_not_for_rates(monkeypatch):
+    now = [100.0]
+    monkeypatch.setattr(meter.time, "perf_counter", lambda: now[0])
+    measured = Meter(samples_per_step=8)
+
+    def step(loss: float, seconds: float) -> None:
+        measured.add({"loss": paddle.to_tensor(loss)})
+        now[0] += seconds
+
+    step(1.0, 4.0)
+    with measured.paused():
+        step(2.0, 50.0)
+        with measured.paused():
+            now[0] += 50.0
+        assert measured.read() == {"loss": 1.5, "samples_per_second": 2.0, "steps_per_second": 0.25}
+        step(3.0, 50.0)
+        assert measured.read() == {"loss": 3.0}
+        step(4.0, 50.0)
+    step(6.0, 2.0)
+    assert measured.read() == {"loss": 5.0, "samples_per_second": 4.0, "steps_per_second": 0.5}
+
+
 def test_what_was_added_before_the_start_is_forgotten():
     measured = Meter(samples_per_step=1)
     measured.add({"loss": paddle.to_tensor(9.0)})

@@ -1,7 +1,14 @@
 import re
 
 from latent_diffusion import progress as progress_module
-from latent_diffusion.progress import progress
+from latent_diffusion.progress import progress, training_line
+
+
+def test_a_line_of_training_has_the_remaining_time_where_there_is_a_rate():
+    assert training_line(4, 10, {"loss": 0.5, "steps_per_second": 0.1}).endswith(
+        "steps_per_second 0.1, remaining 01:00"
+    )
+    assert training_line(4, 10, {"loss": 0.5}) == "step 4/10: loss 0.5"
 
 
 def test_a_log_file_gets_plain_lines_with_rate_and_remaining_time(monkeypatch, capsys):
