@@ -1,10 +1,10 @@
 # `make demo` trains, exports and samples a small DiT on real digits, `make demo-t2i` a U-ViT that draws what a sentence
-# says; `make test` runs the tests. All install first.
+# says; `make test` runs the tests, `make bench` all benchmarks. All install first.
 PYTHON ?= python3
 VENV := .venv
-PEER := .venv-peer
+PEERS := .venv-peers
 
-.PHONY: demo demo-t2i test install lint peer
+.PHONY: demo demo-t2i test install lint peers bench
 
 demo: $(VENV)/installed
 	$(VENV)/bin/python -m demo
@@ -23,14 +23,18 @@ test: $(VENV)/installed-dev
 
 install: $(VENV)/installed
 
-# PyTorch and diffusers, for the tests that compare with them: PEER_PYTHON=.venv-peer/bin/python make test
-peer: $(PEER)/installed
+# PyTorch and diffusers, for the tests that compare with them: PEER_PYTHON=.venv-peers/bin/python make test
+peers: $(PEERS)/installed
+
+# Tables on screen and output/bench/*.json; BENCHMARKS="loading startup" make bench runs these two.
+bench: $(VENV)/installed $(PEERS)/installed
+	PEER_PYTHON=$(PEERS)/bin/python $(VENV)/bin/python -m benchmarks $(BENCHMARKS)
 
 lint: $(VENV)/installed-dev
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 
-$(VENV)/installed: requirements.txt requirements/common.txt
+$(VENV)/installed: requirements.txt requirements/common.txt latent_diffusion/native/kernels.c
 	sh scripts/install.sh $(PYTHON) $(VENV) requirements.txt
 	touch $@
 
@@ -38,7 +42,7 @@ $(VENV)/installed-dev: requirements-dev.txt $(VENV)/installed
 	sh scripts/install.sh $(PYTHON) $(VENV) requirements-dev.txt
 	touch $@
 
-$(PEER)/installed: requirements-peer.txt
-	$(PYTHON) -m venv $(PEER)
-	$(PEER)/bin/python -m pip --quiet --disable-pip-version-check install --requirement requirements-peer.txt
+$(PEERS)/installed: requirements-peers.txt
+	$(PYTHON) -m venv $(PEERS)
+	$(PEERS)/bin/python -m pip --quiet --disable-pip-version-check install --requirement requirements-peers.txt
 	touch $@
