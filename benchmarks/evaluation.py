@@ -15,12 +15,13 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from benchmarks.measure import ROOT, print_head, print_row, scratch  # noqa: E402
+from benchmarks.measure import scratch  # noqa: E402
+from benchmarks.report import ROOT, Table, write  # noqa: E402
 from latent_diffusion import runtime  # noqa: E402
 from latent_diffusion.command_line import ArgumentParser, at_least  # noqa: E402
 from latent_diffusion.errors import InputError, command  # noqa: E402
 
-PEER_SCRIPT = ROOT / "benchmarks" / "inception_torch.py"
+PEER_SCRIPT = ROOT / "benchmarks" / "peers" / "inception_torch.py"
 
 WIDTH, CLASSES = 2048, 1008
 
@@ -51,13 +52,14 @@ def main() -> None:
     place = device.select(arguments.device)
     size = arguments.image_size
     print(f"on a {place}, {os.cpu_count()} CPU cores, float32")
-    print(f"\nfeatures: FID Inception, {size}x{size} pixels, batches of {arguments.batch_size}")
-    measure_features(arguments.batch_size, size, arguments.rounds, arguments.peer if place == "cpu" else None)
-    print(f"\nfigures: features of {WIDTH} dimensions, the same number of images on both sides")
-    measure_figures(arguments.features, arguments.images)
+    features = measure_features(
+        arguments.batch_size, size, arguments.rounds, arguments.peer if place == "cpu" else None
+    )
+    figures = measure_figures(arguments.features, arguments.images)
+    write("evaluation", {"tables": [features.content(), figures.content()]})
 
 
-def measure_features(batch_size: int, size: int, rounds: int, peer: str | None) -> None:
+def measure_features(batch_size: int, size: int, rounds: int, peer: str | None) -> Table:
     """Images a second from uint8 images to features, in turn with PyTorch so that both meet the same load."""
     from latent_diffusion.evaluation.inception import Inception, InceptionNetwork
 
@@ -74,9 +76,12 @@ def measure_features(batch_size: int, size: int, rounds: int, peer: str | None) 
             rates.append([own, *(peer_rates(peer, Path(folder)) if peer else [])])
     best = np.max(rates, axis=0)  # other processes only ever slow it down
     names = ("this suite", "PyTorch, channels first", "PyTorch, channels last")
-    widths = print_head("computed by".ljust(len(names[1])), "images/s", "rate of this suite to it")
-    for name, rate in zip(names, best, strict=False):
-        print_row(name, f"{rate:.1f}", f"{best[0] / rate:.2f}", widths=widths)
+    title = f"features: FID Inception, {size}x{size} pixels, batches of {batch_size}"
+    columns = ("computed by".ljust(len(names[1])), "images/s", "rate of this suite to it")
+    table = Table("features", title, columns, dict(zip(columns[1:], (".1f", ".2f"), strict=True)))
+    for name, rate in zip(names, best.tolist(), strict=False):
+        table.row(name, rate, best[0].item() / rate)
+    return table
 
 
 def write_inputs(folder: Path, network, images: np.ndarray) -> None:
@@ -101,7 +106,7 @@ def peer_rates(interpreter: str, folder: Path) -> list[float]:
     return [float(rate) for rate in done.stdout.split()]
 
 
-def measure_figures(features: int, images: int) -> None:
+def measure_figures(features: int, images: int) -> Table:
     """Seconds that each figure takes when the features are there."""
     from latent_diffusion.evaluation import metrics
 
@@ -114,10 +119,12 @@ def measure_figures(features: int, images: int) -> None:
         "precision, recall, density, coverage": (images, metrics.manifold_scores),
         "Inception Score": (images, lambda a, b: metrics.inception_score(logits)),
     }
-    widths = print_head("figure".ljust(len("precision, recall, density, coverage")), "images a side", "seconds")
+    title = f"figures: features of {WIDTH} dimensions, the same number of images on both sides"
+    columns = ("figure".ljust(max(map(len, figures))), "images a side", "seconds")
+    table = Table("figures", title, columns, {"seconds": ".1f"})
     for name, (count, compute) in figures.items():
-        taken = seconds(lambda compute=compute, count=count: compute(real[:count], fake[:count]))
-        print_row(name, f"{count:,}", f"{taken:.1f}", widths=widths)
+        table.row(name, count, seconds(lambda compute=compute, count=count: compute(real[:count], fake[:count])))
+    return table
 
 
 def seconds(work: Callable[[], object]) -> float:

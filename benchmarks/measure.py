@@ -12,8 +12,6 @@ from PIL import Image
 
 from latent_diffusion.errors import InputError
 
-ROOT = Path(__file__).resolve().parent.parent
-
 # Of the blocks of `stabilityai/sd-vae-ft-mse`.
 STABLE_DIFFUSION_CHANNELS = (128, 256, 512, 512)
 
@@ -41,20 +39,6 @@ def last_figures(
     return {name: float(value) for name, value in re.findall(r"(\w+) ([-\d.e+]+)(?:,|$)", lines[-1].split(": ", 1)[1])}
 
 
-def print_row(*cells: object, widths: Sequence[int] = ()) -> None:
-    """One row of a Markdown table."""
-    padded = [str(cell).ljust(width) for cell, width in zip(cells, widths or [0] * len(cells), strict=True)]
-    print("| " + " | ".join(padded) + " |", flush=True)
-
-
-def print_head(*names: str) -> list[int]:
-    """The head of a Markdown table; returns the widths for its rows."""
-    widths = [len(name) for name in names]
-    print_row(*names, widths=widths)
-    print_row(*("-" * width for width in widths), widths=widths)
-    return widths
-
-
 def scratch() -> tempfile.TemporaryDirectory:
     """A folder for data that is made for a measurement and removed after it."""
     return tempfile.TemporaryDirectory(prefix="benchmark-")
@@ -71,6 +55,28 @@ def write_features(folder: Path, image_size: int, count: int) -> Path:
         np.save(folder / f"imagenet{image_size}_features/{i}.npy", latents)
         np.save(folder / f"imagenet{image_size}_labels/{i}.npy", np.array([i % 10]))
     return folder
+
+
+def feature_contents(image_size: int, count: int) -> dict:
+    """What extraction writes in each layout, mirrored images included."""
+    from latent_diffusion.records import LATENTS, MOMENTS, ImageContents
+
+    side = image_size // 8
+    return {
+        "files": ImageContents(LATENTS, (2, 4, side, side), "float32", count, image_size, 0.18215),
+        "packed": ImageContents(MOMENTS, (2, 8, side, side), "float16", count, image_size, 0.18215),
+    }
+
+
+def write_random(writer) -> None:
+    """Lets a `RecordWriter` write random records, with labels from 0 to 9: their values do not change the time."""
+    writer.claim()
+    rng = np.random.default_rng(0)
+    for start in range(0, writer.contents.records, 256):
+        numbers = range(start, min(start + 256, writer.contents.records))
+        values = rng.standard_normal((len(numbers), *writer.contents.record_shape), dtype=np.float32)
+        writer.write(numbers, values, [number % 10 for number in numbers])
+    writer.finish([])
 
 
 def write_images(folder: Path, count: int, size: tuple[int, int] = (500, 375)) -> Path:

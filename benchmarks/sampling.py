@@ -10,6 +10,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from benchmarks.report import Table  # noqa: E402
 from dit.configuration import DiTConfig  # noqa: E402
 from latent_diffusion import runtime  # noqa: E402
 from latent_diffusion.command_line import ArgumentParser, at_least  # noqa: E402
@@ -21,8 +22,6 @@ BATCH_SIZES = {"cpu": 2, "gpu": 8}
 
 # The setting that MindONE publishes a time for, on an Ascend 910*: 250 DDPM steps at 256x256.
 PUBLISHED_STEPS = 250
-
-ROW = "| {:<12} | {:>5} | {:>8} | {:>8} | {:>36} |"
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -54,19 +53,19 @@ def main() -> None:
 
     size = arguments.image_size
     guidance = f"guidance {arguments.cfg_scale:g}"
-    print(f"{name} on a {place}, {size}x{size}, batches of {batch}, {guidance}, float32, without the VAE")
+    title = f"{name} on a {place}, {size}x{size}, batches of {batch}, {guidance}, float32, without the VAE"
     if place == "cpu" and arguments.model is None:
-        print(f"{name} is a small model, taken because this is a CPU; --model names another")
+        title += f"\n{name} is a small model, taken because this is a CPU; --model names another"
     published = f"s/image, {PUBLISHED_STEPS} DDPM steps, {size}x{size}"
-    print(ROW.format("sampler", "steps", "s/step", "s/image", published))
-    print(ROW.format(*["---"] * 5))
+    columns = ("sampler     ", "steps", "s/step", "s/image", published)
+    table = Table("sampling", title, columns, dict.fromkeys(columns[2:], ".3f"))
     _seconds(model, make_sampler("ddim", 1), batch, arguments.cfg_scale)  # the first run is slower
     for sampler_name in SAMPLER_NAMES:
         seconds = _seconds(model, make_sampler(sampler_name, steps), batch, arguments.cfg_scale)
         step, image = seconds / steps, seconds / batch
         # A step costs the same whatever their number.
-        extrapolated = f"{image / steps * PUBLISHED_STEPS:.3f}" if sampler_name == "ddpm" else "-"
-        print(ROW.format(sampler_name, steps, f"{step:.3f}", f"{image:.3f}", extrapolated), flush=True)
+        table.row(sampler_name, steps, step, image, image / steps * PUBLISHED_STEPS if sampler_name == "ddpm" else None)
+    table.write()
 
 
 def _seconds(model, sampler, batch: int, cfg_scale: float) -> float:

@@ -14,7 +14,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from benchmarks.measure import ROOT, last_figures, print_head, print_row, scratch, write_features  # noqa: E402
+from benchmarks.measure import last_figures, scratch, write_features  # noqa: E402
+from benchmarks.report import ROOT, Table  # noqa: E402
 from dit.configuration import DiTConfig  # noqa: E402
 from latent_diffusion.command_line import ArgumentParser  # noqa: E402
 from latent_diffusion.errors import InputError, command  # noqa: E402
@@ -54,26 +55,26 @@ def main() -> None:
     image_size = DiTConfig.from_json(model).sample_size * 8
     batch, cores = arguments.batch_size, len(os.sched_getaffinity(0))
     note = ", a small model (--config-file names another)" if model == SMALL else ""
-    print(f"{model.stem}{note}, {arguments.steps} steps a row, {cores} cores")
     settings = [Setting(1, 1, batch), Setting(1, cores, batch), Setting(2, 1, batch), Setting(2, 1, batch // 2)]
     with scratch() as folder:
         write_features(Path(folder) / "features", image_size, 4 * batch)
         figures = [measure(setting, model, arguments.steps, Path(folder)) for setting in settings]
     one_thread, all_cores = (figures[i]["samples_per_second"] for i in range(2))
-    widths = print_head(*COLUMNS)
+    title = f"{model.stem}{note}, {arguments.steps} steps a row, {cores} cores"
+    table = Table("scaling", title, COLUMNS, {"efficiency": ".0%", "of all cores": ".0%"})
     for setting, row in zip(settings, figures, strict=True):
         samples = row["samples_per_second"]
-        print_row(
+        table.row(
             setting.processes,
             setting.threads,
             setting.batch,
             setting.processes * setting.batch,
-            f"{row['steps_per_second']:.3g}",
-            f"{samples:.3g}",
-            f"{samples / (setting.processes * one_thread):.0%}",
-            f"{samples / all_cores:.0%}",
-            widths=widths,
+            row["steps_per_second"],
+            samples,
+            samples / (setting.processes * one_thread),
+            samples / all_cores,
         )
+    table.write()
 
 
 def measure(setting: Setting, model: Path, steps: int, folder: Path) -> dict[str, float]:

@@ -12,7 +12,7 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from benchmarks.measure import ROOT, print_head, print_row  # noqa: E402
+from benchmarks.report import ROOT, Table  # noqa: E402
 from dit.configuration import DiTConfig  # noqa: E402
 from latent_diffusion import runtime  # noqa: E402
 from latent_diffusion.command_line import ArgumentParser, at_least  # noqa: E402
@@ -54,15 +54,17 @@ def main() -> None:
     place = device.select(arguments.device)
     names = arguments.dit, arguments.uvit.stem
     sizes = " and ".join(f"{name} at {config.resolution}" for name, config in zip(names, configurations, strict=True))
-    print(f"{sizes} pixels on a {place}, {arguments.batch_size} guided images, float32, without the VAE")
+    title = f"{sizes} pixels on a {place}, {arguments.batch_size} guided images, float32, without the VAE"
     columns = [
         measure(make(config), arguments.batch_size, arguments.steps)
         for make, config in zip((DiT, UViT), configurations, strict=True)
     ]
-    widths = print_head("tokens merged", *(head.format(name) for name in names for head in ("{}, s/step", "speed-up")))
+    heads = [head.format(name) for name in names for head in ("{}, s/step", "{}, speed-up")]
+    formats = {head: ".2f" if "speed-up" in head else ".3f" for head in heads}
+    table = Table("token-merging", title, ("tokens merged", *heads), formats)
     for row, name in enumerate(ROWS):
-        figures = [cell for seconds in columns for cell in (f"{seconds[row]:.3f}", f"{seconds[0] / seconds[row]:.2f}")]
-        print_row(name, *figures, widths=widths)
+        table.row(name, *(cell for seconds in columns for cell in (seconds[row], seconds[0] / seconds[row])))
+    table.write()
 
 
 def measure(model, batch: int, steps: int) -> list[float]:

@@ -11,16 +11,14 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks.measure import (  # noqa: E402
-    ROOT,
     STABLE_DIFFUSION_CHANNELS,
     last_figures,
-    print_head,
-    print_row,
     random_vae,
     scratch,
     write_features,
     write_images,
 )
+from benchmarks.report import ROOT, Table  # noqa: E402
 from latent_diffusion import runtime  # noqa: E402
 from latent_diffusion.command_line import ArgumentParser  # noqa: E402
 from latent_diffusion.errors import command  # noqa: E402
@@ -51,11 +49,12 @@ def main() -> None:
 
     place = device.select(arguments.device)
     model, image_size, batch = DEFAULTS[place]
+    note = ""
     if place == "cpu" and arguments.model is None:
-        print(f"on a CPU {model} at {image_size} pixels is taken, not DiT-XL/2 at 256; mixed precision has no effect")
+        note = f"on a CPU {model} at {image_size} pixels is taken, not DiT-XL/2 at 256; mixed precision has no effect\n"
     model, image_size = arguments.model or model, arguments.image_size or image_size
     batch = arguments.global_batch_size or batch
-    print(f"{model}, {image_size} pixels, global batch {batch}, one process on a {place}")
+    title = f"{note}{model}, {image_size} pixels, global batch {batch}, one process on a {place}"
     with scratch() as folder:
         folder = Path(folder)
         write_features(folder / "features", image_size, 4 * batch)
@@ -72,23 +71,22 @@ def main() -> None:
         flags = ("--model", named, "--image-size", image_size, "--global-batch-size", batch, "--device", place)
         flags += ("--max-steps", 2 * arguments.steps, "--log-every", arguments.steps, "--ckpt-every", 10**9)
         flags += ("--num-workers", arguments.num_workers)
-        widths = print_head(
-            "recompute", "mixed precision", "feature pre-extraction", "steps/s", "images/s", "peak memory (MB)"
-        )
+        columns = ("recompute", "mixed precision", "feature pre-extraction", "steps/s", "images/s", "peak memory (MB)")
+        table = Table("training", title, columns, {"peak memory (MB)": ".0f"})
         for pre_extracted, source in sources.items():
             for precision in PRECISIONS[place]:
                 for recompute in (False, True):
                     own = ("--amp", precision, "--recompute", recompute)
                     figures = last_figures([ROOT / "train.py", *flags, *source, *own], folder)
-                    print_row(
+                    table.row(
                         "yes" if recompute else "no",
                         precision,
                         pre_extracted,
-                        f"{figures['steps_per_second']:.3g}",
-                        f"{figures['samples_per_second']:.3g}",
-                        f"{figures['peak_memory_gib'] * 1024:.0f}",
-                        widths=widths,
+                        figures["steps_per_second"],
+                        figures["samples_per_second"],
+                        figures["peak_memory_gib"] * 1024,
                     )
+    table.write()
 
 
 if __name__ == "__main__":

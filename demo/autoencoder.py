@@ -81,7 +81,7 @@ def _fit(model: AutoencoderKL, images: np.ndarray, steps: int) -> None:
             loss = _loss(model, next(batches))
             loss.backward()
             optimizer.step()
-            optimizer.clear_grad()
+            optimizer.clear_grad(set_to_zero=False)
             schedule.step()
             if step % 50 == 0:
                 bar.set_postfix_str(f"loss {loss.item():.3f}", refresh=False)

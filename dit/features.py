@@ -1,6 +1,7 @@
 """Features that DiT trains on, in either layout: one file an image (`feature_files`), or packed."""
 
 from abc import abstractmethod
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -40,13 +41,19 @@ class LabeledFeatures(FeatureStore):
 
     def sample(self, index: int, rng: np.random.Generator) -> dict[str, np.ndarray]:
         """ "latents" float32 [C, H, W] and "labels" int64, the null class with probability `class_dropout_prob`."""
+        return {name: values[0] for name, values in self.batch([index], [rng]).items()}
+
+    def batch(self, indices: Sequence[int], generators: Sequence[np.random.Generator]) -> dict[str, np.ndarray]:
+        latents = self._draw_latents(indices, generators)
+        pairs = zip(indices, generators, strict=True)
         return {
-            "latents": self._draw_latents(index, rng),
-            "labels": draw_label(self._label(index), self.config, rng),
+            "latents": latents,
+            "labels": np.stack([draw_label(self._label(index), self.config, rng) for index, rng in pairs]),
         }
 
     @abstractmethod
-    def _draw_latents(self, index: int, rng: np.random.Generator) -> np.ndarray: ...
+    def _draw_latents(self, indices: Sequence[int], generators: Sequence[np.random.Generator]) -> np.ndarray:
+        """Float32 [B, C, H, W], one of each index and its generator."""
 
     @abstractmethod
     def _label(self, index: int) -> int: ...
@@ -78,8 +85,9 @@ class FastDiTFeatures(LabeledFeatures):
     def __len__(self) -> int:
         return len(self.names)
 
-    def _draw_latents(self, index: int, rng: np.random.Generator) -> np.ndarray:
-        return self._latent(self.latent_folders[rng.integers(len(self.latent_folders))], index)
+    def _draw_latents(self, indices: Sequence[int], generators: Sequence[np.random.Generator]) -> np.ndarray:
+        folders = [self.latent_folders[rng.integers(len(self.latent_folders))] for rng in generators]
+        return np.stack([self._latent(folder, index) for folder, index in zip(folders, indices, strict=True)])
 
     def _latent(self, folder: Path, index: int) -> np.ndarray:
         return read_array(folder / self.names[index], self.config.latent_shape).astype("float32")
@@ -125,11 +133,12 @@ class PackedFeatures(LabeledFeatures):
     def __len__(self) -> int:
         return len(self.numbers)
 
-    def _draw_latents(self, index: int, rng: np.random.Generator) -> np.ndarray:
-        values = self.reader.read(int(self.numbers[index]), int(rng.integers(self.contents.views)))
+    def _draw_latents(self, indices: Sequence[int], generators: Sequence[np.random.Generator]) -> np.ndarray:
+        views = [int(rng.integers(self.contents.views)) for rng in generators]
+        values = self.reader.read(self.numbers[indices].tolist(), views)
         if self.contents.content != MOMENTS:
-            return values.astype("float32")
-        noise = rng.standard_normal(self.latent_shape, dtype=np.float32)
+            return values
+        noise = np.stack([rng.standard_normal(self.latent_shape, dtype=np.float32) for rng in generators])
         return sample_moments(values, noise) * np.float32(self.contents.scaling_factor)
 
     def _label(self, index: int) -> int:

@@ -124,7 +124,8 @@ def train(args: Namespace) -> None:
             scaler.scale(terms["loss"]).backward()
         scaler.step(optimizer)
         scaler.update()
-        optimizer.clear_grad()
+        # Zeroed gradients would take their memory all the time, and a pass to add to.
+        optimizer.clear_grad(set_to_zero=False)
         schedule.step()
         ema.update(step)
         meter.add(terms)

@@ -10,12 +10,11 @@ import functools
 import os
 import signal
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
 import paddle
-from paddle.io.dataloader.collate import default_collate_fn
 
 from .errors import InputError
 from .files import in_order
@@ -108,9 +107,18 @@ class FeatureStore(ABC):
             "posterior_noise" float32 [C, h, w].
         """
 
+    def batch(self, indices: Sequence[int], generators: Sequence[np.random.Generator]) -> dict[str, np.ndarray]:
+        """What `sample` gives for each index and its generator, bit for bit: every value with a first axis [B]."""
+        return stack([self.sample(index, rng) for index, rng in zip(indices, generators, strict=True)])
+
+
+def stack(samples: Sequence[dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
+    """The values of samples, by name, with a first axis [B]."""
+    return {name: np.stack([sample[name] for sample in samples]) for name in samples[0]}
+
 
 class TrainingStream(paddle.io.Dataset):
-    """Maps a position of the endless stream to a training sample, together with what the objective draws for it.
+    """Maps positions of the endless stream to training samples, together with what the objective draws for them.
 
     Position p is item `p % N` of the shuffled epoch `p // N`.
     """
@@ -122,11 +130,18 @@ class TrainingStream(paddle.io.Dataset):
         return len(self.store)
 
     def __getitem__(self, position: int) -> dict[str, np.ndarray]:
-        epoch, offset = divmod(position, len(self.store))
-        index = int(_permutation(self.seed, epoch, len(self.store))[offset])
-        rng = np.random.default_rng([self.seed, epoch, index])
-        sample = self.store.sample(index, rng)
-        return sample | self.objective.draw(rng, self.store.latent_shape)
+        return {name: values[0] for name, values in self.batch([position]).items()}
+
+    def batch(self, positions: Sequence[int]) -> dict[str, np.ndarray]:
+        """The samples at these positions, every value with a first axis [B]: they are the same in any batch."""
+        indices, generators = [], []
+        for position in positions:
+            epoch, offset = divmod(position, len(self.store))
+            index = int(_permutation(self.seed, epoch, len(self.store))[offset])
+            indices.append(index)
+            generators.append(np.random.default_rng([self.seed, epoch, index]))
+        samples = self.store.batch(indices, generators)
+        return samples | stack([self.objective.draw(rng, self.store.latent_shape) for rng in generators])
 
 
 # Two epochs: a batch may reach from one into the next.
@@ -161,37 +176,43 @@ class TrainingLoader(paddle.io.DataLoader):
     Paddle would print it as the traceback of a thread and give the caller an error of a queue.
     """
 
-    def __init__(self, stream: paddle.io.Dataset, batch_sampler: StreamBatchSampler, num_workers: int = 0):
+    def __init__(self, stream: TrainingStream, batch_sampler: StreamBatchSampler, num_workers: int = 0):
         super().__init__(
-            _ErrorsAsSamples(stream),
+            _Positions(stream),
             batch_sampler=batch_sampler,
-            collate_fn=_collate,
+            # Batches are read as a whole, which is faster than sample by sample.
+            collate_fn=functools.partial(_read, stream),
             num_workers=num_workers,
             worker_init_fn=_die_with_parent,
         )
 
     def __iter__(self) -> Iterator[dict[str, paddle.Tensor]]:
-        for batch in super().__iter__():
+        # Without workers Paddle would read in a thread, beside which no process can be forked safely: it may hold a
+        # lock of Paddle's allocator, which then stays locked in the new process.
+        batches = super().__iter__() if self.num_workers else map(self._read_here, self.batch_sampler)
+        for batch in batches:
             if _ERROR in batch:
                 raise InputError(batch[_ERROR].numpy().tobytes().decode())
             yield batch
+
+    def _read_here(self, positions: Sequence[int]) -> dict[str, paddle.Tensor]:
+        return {name: paddle.to_tensor(values) for name, values in self.collate_fn(positions).items()}
 
 
 _ERROR = "error"
 
 
-class _ErrorsAsSamples(paddle.io.Dataset):
-    def __init__(self, stream: paddle.io.Dataset):
+class _Positions(paddle.io.Dataset):
+    """Gives every position itself."""
+
+    def __init__(self, stream: TrainingStream):
         self.stream = stream
 
     def __len__(self) -> int:
         return len(self.stream)
 
-    def __getitem__(self, position: int) -> dict[str, np.ndarray] | InputError:
-        try:
-            return self.stream[position]
-        except InputError as error:
-            return error
+    def __getitem__(self, position: int) -> int:
+        return position
 
 
 def _die_with_parent(worker: int) -> None:
@@ -200,8 +221,9 @@ def _die_with_parent(worker: int) -> None:
         ctypes.CDLL("libc.so.6").prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
-def _collate(samples: list[dict[str, np.ndarray] | InputError]) -> dict[str, np.ndarray]:
-    for sample in samples:
-        if isinstance(sample, InputError):
-            return {_ERROR: np.frombuffer(str(sample).encode(), dtype=np.uint8)}
-    return default_collate_fn(samples)
+def _read(stream: TrainingStream, positions: Sequence[int]) -> dict[str, np.ndarray]:
+    """The batch at these positions, or as an array under `_ERROR` what keeps it from being read."""
+    try:
+        return stream.batch(positions)
+    except InputError as error:
+        return {_ERROR: np.frombuffer(str(error).encode(), dtype=np.uint8)}

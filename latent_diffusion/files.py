@@ -117,7 +117,7 @@ def publish_folder(temporary: Path, path: Path) -> None:
 
 def in_order(names: Iterable[str]) -> list[str]:
     """Names of files: by number where all are numbers but for the suffix, else by text."""
-    stems = {name: Path(name).stem for name in names}
+    stems = {name: os.path.splitext(name)[0] for name in names}  # noqa: PTH122, faster than a Path for each
     if all(stem.isdecimal() for stem in stems.values()):
         return sorted(stems, key=lambda name: (int(stems[name]), name))
     return sorted(stems)

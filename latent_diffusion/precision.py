@@ -5,6 +5,7 @@ import contextlib
 import paddle
 
 from .native import functions as native
+from .native import library
 
 
 def choose(dtype: str | None, device: str) -> tuple[str | None, str | None]:
@@ -16,7 +17,7 @@ def choose(dtype: str | None, device: str) -> tuple[str | None, str | None]:
         dtype: "float16" or "bfloat16", None for float32.
         device: "cpu" or "gpu".
     """
-    if dtype is None or device == "gpu" or (dtype == "bfloat16" and native.has_bfloat16()):
+    if dtype is None or device == "gpu" or (dtype == "bfloat16" and library.has_bfloat16()):
         return dtype, None
     reason = (
         "a CPU" if dtype == "float16" else "this CPU, or its kernels are not built (python -m latent_diffusion.native)"

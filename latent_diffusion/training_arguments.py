@@ -108,6 +108,9 @@ class SuiteTrainingArguments(TrainingArguments):
         # PaddleNLP logs two hundred lines of arguments at start.
         logger.set_level("WARNING")
         super().__post_init__()
+        if not self.sharding:
+            # Zeroed gradients would take their memory all the time, and a pass to add to.
+            self.release_grads = True
         # The sampler starts at the step a run resumes from, so that no data is read only to be skipped.
         self.ignore_data_skip = True
 

@@ -157,10 +157,10 @@ class PackedCocoFeatures(CocoFeatures):
         self._first = np.cumsum(self.captions) - self.captions
 
     def _moments(self, index: int) -> np.ndarray:
-        return self.images.read(index, 0)
+        return self.images.read([index], [0])[0]
 
     def _context(self, index: int, caption: int) -> np.ndarray:
-        return self.contexts.read(int(self._first[index]) + caption, 0)[0]
+        return self.contexts.read([int(self._first[index]) + caption], [0])[0, 0]
 
     def _count(self) -> np.ndarray:
         # The label of a caption is the number of its image; captions are in the order of the images.

@@ -8,7 +8,7 @@ from paddle.autograd import PyLayer
 from paddle.base.core import TracerEventType
 from paddle.profiler import RecordEvent
 
-from .library import load, processor_flags
+from .library import load
 
 # Whether `linear` multiplies in bfloat16.
 _rounding = False
@@ -17,11 +17,6 @@ _rounding = False
 def covers(x: paddle.Tensor) -> bool:
     """Whether these functions can take `x`: the kernels are built, and it is a float32 tensor in host memory."""
     return load() is not None and paddle.in_dynamic_mode() and x.dtype == paddle.float32 and x.place.is_cpu_place()
-
-
-def has_bfloat16() -> bool:
-    """Whether the processor has instructions that multiply bfloat16, and the kernels are built."""
-    return load() is not None and not {"avx512_bf16", "amx_bf16"}.isdisjoint(processor_flags())
 
 
 @contextlib.contextmanager
@@ -37,8 +32,7 @@ def bfloat16_products():
 
 def linear(x: paddle.Tensor, weight: paddle.Tensor, bias: paddle.Tensor | None) -> paddle.Tensor:
     """x [..., in], weight [in, out], bias [out] or none -> [..., out]."""
-    layer = _BFloat16Linear if _rounding else _Linear
-    rows = layer.apply(x.reshape([-1, x.shape[-1]]), weight, *([] if bias is None else [bias]))
+    rows = _Linear.apply(x.reshape([-1, x.shape[-1]]), weight, *([] if bias is None else [bias]))
     return rows.reshape([*x.shape[:-1], weight.shape[1]])
 
 
@@ -70,61 +64,43 @@ def lerp_(average: paddle.Tensor, value: paddle.Tensor, weight: float) -> None:
 class _Linear(PyLayer):
     @staticmethod
     def forward(ctx, x, weight, bias=None):
+        ctx.has_bias, ctx.needs_dx, ctx.rounding = bias is not None, not x.stop_gradient, _rounding
+        x = _rounded(x, ctx.rounding)
         ctx.save_for_backward(x, weight)
-        ctx.has_bias, ctx.needs_dx = bias is not None, not x.stop_gradient
-        return _biased(paddle.matmul(x, weight), bias)
+        out = _product(x, _rounded(weight, ctx.rounding))
+        if ctx.has_bias:
+            _call("add_bias", out, bias, *out.shape)
+        return out
 
     @staticmethod
     def backward(ctx, dout):
         x, weight = ctx.saved_tensor()
-        dx = paddle.matmul(dout, weight, transpose_y=True) if ctx.needs_dx else None
-        return dx, paddle.matmul(x, dout, transpose_x=True), *_bias_gradient(ctx, dout)
+        factor = _rounded(dout, ctx.rounding)
+        dx = _product(factor, _rounded(weight, ctx.rounding), transpose_b=True) if ctx.needs_dx else None
+        dweight = _product(x, factor, transpose_a=True)
+        if not ctx.has_bias:
+            return dx, dweight
+        dbias = paddle.empty([dout.shape[1]])
+        _call("column_sums", dbias, dout, *dout.shape)
+        return dx, dweight, dbias
 
 
-class _BFloat16Linear(PyLayer):
-    @staticmethod
-    def forward(ctx, x, weight, bias=None):
-        x16, weight16 = _bfloat16(x), _bfloat16(weight)
-        ctx.save_for_backward(x16, weight)
-        ctx.has_bias, ctx.needs_dx = bias is not None, not x.stop_gradient
-        return _biased(_product(x16, weight16), bias)
-
-    @staticmethod
-    def backward(ctx, dout):
-        x16, weight = ctx.saved_tensor()
-        dout16 = _bfloat16(dout)
-        dx = _product(dout16, _bfloat16(weight), transpose_b=True) if ctx.needs_dx else None
-        return dx, _product(x16, dout16, transpose_a=True), *_bias_gradient(ctx, dout)
-
-
-def _biased(out: paddle.Tensor, bias: paddle.Tensor | None) -> paddle.Tensor:
-    if bias is not None:
-        _call("add_bias", out, bias, *out.shape)
-    return out
-
-
-def _bias_gradient(ctx, dout: paddle.Tensor) -> list[paddle.Tensor]:
-    """The sums over rows, or nothing for a layer without bias."""
-    if not ctx.has_bias:
-        return []
-    dbias = paddle.empty([dout.shape[1]])
-    _call("column_sums", dbias, dout, *dout.shape)
-    return [dbias]
-
-
-def _bfloat16(x: paddle.Tensor) -> paddle.Tensor:
+def _rounded(x: paddle.Tensor, rounding: bool) -> paddle.Tensor:
+    """`x` in bfloat16, or as it is."""
+    if not rounding:
+        return x
     out = paddle.empty(x.shape, "bfloat16")
     _call("to_bfloat16", out, x, x.size)
     return out
 
 
 def _product(a: paddle.Tensor, b: paddle.Tensor, transpose_a: bool = False, transpose_b: bool = False) -> paddle.Tensor:
-    """The float32 product of two bfloat16 matrices."""
+    """The float32 product of two matrices, both float32 or both bfloat16, each transposed first if so said."""
     (k, m) = a.shape if transpose_a else a.shape[::-1]
     n = b.shape[0] if transpose_b else b.shape[1]
     out = paddle.empty([m, n], "float32")
-    if status := _call("bfloat16_product", out, a, b, m, n, k, transpose_a, transpose_b):
-        raise RuntimeError(f"oneDNN refuses a bfloat16 product of {m} x {k} and {k} x {n} (status {status})")
+    if status := _call("product", out, a, b, m, n, k, transpose_a, transpose_b, a.dtype == paddle.bfloat16):
+        raise RuntimeError(f"oneDNN refuses a product of {m} x {k} and {k} x {n} (status {status})")
     return out
 
 

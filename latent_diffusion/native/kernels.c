@@ -309,32 +309,34 @@ static int describe(dnnl_memory_desc_t *matrix, int type, int64_t rows, int64_t 
     return dnnl_memory_desc_create_with_strides(matrix, 2, sizes, type, strides);
 }
 
-/* out [m, n] float32 = a [m, k] x b [k, n], both bfloat16, each as it is or transposed in memory; sums are float32.
- * oneDNN keeps what it makes for a shape, so making it again costs microseconds. Returns its status, 0 for success. */
-int bfloat16_product(float *out, void *a, void *b, int64_t m, int64_t n, int64_t k, int64_t transpose_a,
-                     int64_t transpose_b) {
+/* out [m, n] float32 = a [m, k] x b [k, n], both float32 or both bfloat16, each as it is or transposed in memory; sums
+ * are float32. oneDNN keeps what it makes for a shape, so making it again costs microseconds. Returns its status, 0 for
+ * success. */
+int product(float *out, void *a, void *b, int64_t m, int64_t n, int64_t k, int64_t transpose_a, int64_t transpose_b,
+            int64_t bfloat16) {
+    int type = bfloat16 ? DNNL_BF16 : DNNL_F32;
     static dnnl_engine_t engine;
     static dnnl_stream_t stream;
     dnnl_memory_desc_t kinds[3] = {0};
     dnnl_memory_t memories[3] = {0};
     dnnl_primitive_desc_t description = 0;
-    dnnl_primitive_t product = 0;
+    dnnl_primitive_t primitive = 0;
     int status = 0;
     if (!stream) status = dnnl_engine_create(&engine, DNNL_CPU, 0) || dnnl_stream_create(&stream, engine, DNNL_DEFAULT_FLAGS);
-    status = status || describe(kinds, DNNL_BF16, m, k, transpose_a) || describe(kinds + 1, DNNL_BF16, k, n, transpose_b) ||
+    status = status || describe(kinds, type, m, k, transpose_a) || describe(kinds + 1, type, k, n, transpose_b) ||
              describe(kinds + 2, DNNL_F32, m, n, 0) ||
              dnnl_matmul_primitive_desc_create(&description, engine, kinds[0], kinds[1], 0, kinds[2], 0) ||
-             dnnl_primitive_create(&product, description) || dnnl_memory_create(memories, kinds[0], engine, a) ||
+             dnnl_primitive_create(&primitive, description) || dnnl_memory_create(memories, kinds[0], engine, a) ||
              dnnl_memory_create(memories + 1, kinds[1], engine, b) ||
              dnnl_memory_create(memories + 2, kinds[2], engine, out);
     dnnl_exec_arg_t arguments[] = {
         {DNNL_ARG_SRC, memories[0]}, {DNNL_ARG_WEIGHTS, memories[1]}, {DNNL_ARG_DST, memories[2]}};
-    status = status || dnnl_primitive_execute(product, stream, 3, arguments) || dnnl_stream_wait(stream);
+    status = status || dnnl_primitive_execute(primitive, stream, 3, arguments) || dnnl_stream_wait(stream);
     for (int i = 0; i < 3; i++) {
         if (memories[i]) dnnl_memory_destroy(memories[i]);
         if (kinds[i]) dnnl_memory_desc_destroy(kinds[i]);
     }
-    if (product) dnnl_primitive_destroy(product);
+    if (primitive) dnnl_primitive_destroy(primitive);
     if (description) dnnl_primitive_desc_destroy(description);
     return status;
 }

@@ -20,7 +20,17 @@ FOLDER = SOURCE.with_name("build")
 LIBRARIES = ("libiomp5.so", "libmklml_intel.so", "libdnnl.so.3")
 
 # Arithmetic that may not trap and sets no errno can be done in vectors.
-FLAGS = ("-O3", "-march=native", "-fopenmp", "-fno-math-errno", "-fno-trapping-math", "-fPIC", "-Wall", "-Wextra")
+FLAGS = (
+    "-O3",
+    "-march=native",
+    "-mprefer-vector-width=512",
+    "-fopenmp",
+    "-fno-math-errno",
+    "-fno-trapping-math",
+    "-fPIC",
+    "-Wall",
+    "-Wextra",
+)
 
 
 def build() -> Path:
@@ -61,6 +71,11 @@ def available() -> bool:
     """Whether the kernels were built for this machine, and `LATENT_DIFFUSION_KERNELS=off` is not set."""
     turned_off = os.environ.get("LATENT_DIFFUSION_KERNELS", "").lower() in ("off", "0", "false")
     return not turned_off and path().is_file()
+
+
+def has_bfloat16() -> bool:
+    """Whether the kernels are available, and the processor has instructions that multiply bfloat16."""
+    return available() and not {"avx512_bf16", "amx_bf16"}.isdisjoint(processor_flags())
 
 
 def path() -> Path:

@@ -113,7 +113,7 @@ ADDED = {
     + ("--num-samples", "2", "--batch-size", "2"),
     "benchmarks/training.py": ("--model", "tiny.json", "--image-size", "256", "--global-batch-size", "2")
     + ("--steps", "1", "--num-workers", "1", "--vae", "vae"),
-    "benchmarks/features.py": ("--image-size", "64", "--images", "2", "--features", "32"),
+    "benchmarks/features.py": ("--image-size", "64", "--images", "2"),
     "benchmarks/sampling.py": ("--model", "DiT-S/8", "--image-size", "64", "--num-sampling-steps", "1"),
     "benchmarks/evaluation.py": ("--image-size", "64", "--batch-size", "2", "--rounds", "1", "--features", "64")
     + ("--images", "16"),

@@ -76,7 +76,7 @@ def test_files_with_any_names_are_numbered_in_their_order(tmp_path, shape):
     foreign(tmp_path / "files", ["b", "10", "a"], shape=shape)
     convert_features(tmp_path / "files", tmp_path / "packed", "packed", scaling_factor=1.0)
     reader = PackedReader(tmp_path / "packed")
-    assert [int(reader.read(i, 0)[0, 0, 0]) for i in range(3)] == [1, 2, 0]
+    assert reader.read([0, 1, 2], [0, 0, 0])[:, 0, 0, 0].tolist() == [1, 2, 0]
     assert reader.labels.tolist() == [1, 2, 0]
 
 

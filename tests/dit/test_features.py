@@ -251,3 +251,34 @@ def test_loader_workers_read_the_same_packed_samples(tmp_path, monkeypatch):
     for first, second in zip(alone, shared, strict=True):
         for name in first:
             np.testing.assert_array_equal(first[name].numpy(), second[name].numpy())
+
+
+@pytest.mark.parametrize("layout", ["files", "packed"])
+def test_a_sample_is_the_same_in_any_batch(tmp_path, layout):
+    """Bit for bit; the epoch ends within the batch."""
+    write_packed(tmp_path, count=5) if layout == "packed" else write(tmp_path, range(5))
+    stream = TrainingStream(open_features(tmp_path, config()), LearnedRangeDDPM(NoiseSchedule.linear()), seed=0)
+    positions = [3, 4, 5, 6, 7]
+    batch, alone = stream.batch(positions), [stream[position] for position in positions]
+    assert batch.keys() == {"latents", "labels", "t", "noise"}
+    for name, values in batch.items():
+        expected = np.stack([sample[name] for sample in alone])
+        assert values.dtype == expected.dtype and values.tobytes() == expected.tobytes(), name
+
+
+def test_a_packed_sample_draws_in_the_documented_order(tmp_path):
+    write_packed(tmp_path, count=5)
+    store, seed, epoch, offset = open_features(tmp_path, config()), 7, 2, 3
+    index = int(np.random.default_rng([seed, epoch]).permutation(5)[offset])
+    rng = np.random.default_rng([seed, epoch, index])
+    moments = store.reader.read([index], [int(rng.integers(2))])[0]
+    mean, log_variance = np.split(moments, 2)
+    posterior_noise = rng.standard_normal((4, 8, 8), np.float32)
+    dropped = rng.random() < config().class_dropout_prob
+    t, noise = rng.integers(1000), rng.standard_normal((4, 8, 8), np.float32)
+    found = TrainingStream(store, LearnedRangeDDPM(NoiseSchedule.linear()), seed).batch([5 * epoch + offset])
+    scale = np.float32(store.contents.scaling_factor)
+    np.testing.assert_array_equal(found["latents"][0], (mean + np.exp(0.5 * log_variance) * posterior_noise) * scale)
+    assert found["labels"][0] == (config().num_classes if dropped else store.reader.labels[index])
+    assert found["t"][0] == t
+    np.testing.assert_array_equal(found["noise"][0], noise)

@@ -6,7 +6,7 @@ import pytest
 
 from dit.configuration import DiTConfig
 from dit.modeling import DiT, DiTBlock, sincos_positions
-from latent_diffusion import attention, ops
+from latent_diffusion import attention
 from latent_diffusion.transformer import sinusoid
 from tests import formulations
 

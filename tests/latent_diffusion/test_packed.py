@@ -6,7 +6,7 @@ import pytest
 
 from latent_diffusion import packed
 from latent_diffusion.errors import InputError
-from latent_diffusion.packed import ABSENT, MANIFEST, PackedReader, PackedWriter, is_packed
+from latent_diffusion.packed import ABSENT, MANIFEST, PackedReader, PackedWriter, as_float32, is_packed
 from latent_diffusion.records import CONTEXTS, ImageContents, TextContents
 
 SHAPE = (2, 4, 2, 2)
@@ -52,9 +52,10 @@ def test_what_was_written_is_read(tmp_path):
     assert [len(np.load(tmp_path / f"shard-0000{k}.npy")) for k in range(3)] == [3, 3, 2]
     reader = PackedReader(tmp_path)
     assert reader.labels.tolist() == [0, 1, 2, 3, ABSENT, 5, 6, 7] and reader.skipped == ["4.png"]
-    for number in (0, 2, 3, 5, 7):
-        for view in (0, 1):
-            np.testing.assert_array_equal(reader.read(number, view), values[number, view])
+    numbers, views = (5, 0, 2, 7, 3, 0), (0, 1, 1, 0, 1, 0)
+    batch = reader.read(numbers, views)
+    assert batch.dtype == np.float32
+    np.testing.assert_array_equal(batch, values[numbers, views])
     found = list(reader)
     assert [(number, label) for number, _, label in found] == [(n, n) for n in (0, 1, 2, 3, 5, 6, 7)]
     np.testing.assert_array_equal(np.stack([record for _, record, _ in found]), np.delete(values, 4, axis=0))
@@ -78,11 +79,10 @@ def test_a_shard_is_opened_when_it_is_first_read_and_stays_open(tmp_path):
     reader = PackedReader(tmp_path)
     assert open_files() == 0
     for _ in range(3):
-        reader.read(0, 0)
-        reader.read(7, 1)
+        reader.read([0, 7], [0, 1])
     assert open_files() == 2
     (tmp_path / "shard-00000.npy").unlink()
-    reader.read(1, 0)
+    reader.read([1], [0])
 
 
 def test_an_unfinished_folder_is_refused(tmp_path):
@@ -100,9 +100,18 @@ def test_a_record_that_is_not_finite_is_named_when_read(tmp_path, bad):
     shard[2, 1, 0, 0, 0] = bad
     shard.flush()
     reader = PackedReader(tmp_path)
-    reader.read(5, 0)
+    reader.read([3, 5], [1, 0])
     with pytest.raises(InputError, match=r"record 2 of .*shard-00001\.npy holds values that are not finite"):
-        reader.read(5, 1)
+        reader.read([3, 5], [1, 1])
+
+
+@pytest.mark.parametrize("values", [np.arange(0x7C00), np.arange(0x8000, 0xFC00), np.arange(1 << 16)])
+def test_every_half_becomes_the_same_float32(values):
+    """Subnormal numbers too; the last case with infinities and NaN."""
+    halves = values.astype(np.uint16).view(np.float16)
+    found = as_float32(halves)
+    assert found.dtype == np.float32
+    np.testing.assert_array_equal(found.view(np.uint32), halves.astype(np.float32).view(np.uint32))
 
 
 @pytest.mark.parametrize("name", ["shard-00001.npy", "labels.npy"])
@@ -228,7 +237,7 @@ def test_features_of_texts_are_read(tmp_path):
     reader = PackedReader(tmp_path, TextContents)
     assert reader.contents.context_shape == (5, 2) and reader.contents.text_encoder == "clip"
     assert reader.labels.tolist() == [0, 0, 0, 1]
-    np.testing.assert_array_equal(reader.read(3, 0), values[3, 0])
+    np.testing.assert_array_equal(reader.read([3], [0])[0], values[3, 0])
     manifest = json.loads((tmp_path / MANIFEST).read_text())
     assert manifest["captions"] == manifest["records"] == 4 and not {"images", "resolution"} & manifest.keys()
 

@@ -2,12 +2,12 @@ import paddle
 import pytest
 
 from latent_diffusion import ops, precision
-from latent_diffusion.native import functions
+from latent_diffusion.native import functions, library
 
 
 @pytest.fixture(params=[True, False])
 def cpu_has_bfloat16(request, monkeypatch):
-    monkeypatch.setattr(functions, "has_bfloat16", lambda: request.param)
+    monkeypatch.setattr(library, "has_bfloat16", lambda: request.param)
     return request.param
 
 

@@ -19,7 +19,7 @@ from latent_diffusion.weights import transpose_linear, write_safetensors, write_
 from tests.peer import needs_peer, run_peer
 
 REPOSITORY = Path(__file__).parents[3]
-PEER_SCRIPT = REPOSITORY / "benchmarks" / "inception_torch.py"
+PEER_SCRIPT = REPOSITORY / "benchmarks" / "peers" / "inception_torch.py"
 REFERENCE = REPOSITORY / "tests" / "data" / "inception" / "layers.npz"
 
 # Of float32 against float64, relative to the largest value of a layer.
