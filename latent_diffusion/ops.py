@@ -44,11 +44,6 @@ def gated_sum(x: paddle.Tensor, gate: paddle.Tensor, y: paddle.Tensor) -> paddle
     return x + expand_tokens(gate, x.shape[1]) * y
 
 
-def gelu(x: paddle.Tensor, approximate: bool) -> paddle.Tensor:
-    """GELU, exact or in its tanh approximation."""
-    return native.gelu(x, approximate) if native.covers(x) else F.gelu(x, approximate=approximate)
-
-
 def lerp_(average: paddle.Tensor, value: paddle.Tensor, weight: float) -> None:
     """`average += weight * (value - average)` in place, for tensors of one shape."""
     if native.covers(average):
@@ -70,6 +65,13 @@ class Linear(nn.Linear):
         if self.bias is not None:
             out = out + _every_row(self.bias, rows.shape[0])
         return out.reshape([*x.shape[:-1], self.weight.shape[1]])
+
+
+def gelu_linear(x: paddle.Tensor, linear: Linear, approximate: bool) -> paddle.Tensor:
+    """`linear(GELU(x))` for x [..., in] -> [..., out], GELU exact or in its tanh approximation."""
+    if native.covers(x):
+        return native.gelu_linear(x, linear.weight, linear.bias, approximate)
+    return linear(F.gelu(x, approximate=approximate))
 
 
 class LayerNorm(nn.LayerNorm):

@@ -8,7 +8,7 @@ import paddle
 from paddle import nn
 
 from .attention import Attention
-from .ops import Linear, gelu
+from .ops import Linear, gelu_linear
 from .runtime import is_first_process
 from .token_merging import MergesTokens, TokenMerging, merged_calls
 
@@ -59,7 +59,7 @@ class Mlp(nn.Layer):
         self.approximate = approximate
 
     def forward(self, x: paddle.Tensor) -> paddle.Tensor:
-        return self.fc2(gelu(self.fc1(x), self.approximate))
+        return gelu_linear(self.fc1(x), self.fc2, self.approximate)
 
 
 class Block(nn.Layer):

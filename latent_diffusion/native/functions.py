@@ -46,9 +46,10 @@ def gated_sum(x: paddle.Tensor, gate: paddle.Tensor, y: paddle.Tensor) -> paddle
     return _GatedSum.apply(x, gate, y)
 
 
-def gelu(x: paddle.Tensor, approximate: bool) -> paddle.Tensor:
-    """GELU of any tensor, exact or in its tanh approximation."""
-    return _Gelu.apply(x, approximate)
+def gelu_linear(x: paddle.Tensor, weight: paddle.Tensor, bias: paddle.Tensor, approximate: bool) -> paddle.Tensor:
+    """`linear` of GELU(x), exact or in its tanh approximation; GELU(x) is not kept for the backward pass."""
+    rows = _GeluLinear.apply(x.reshape([-1, x.shape[-1]]), weight, bias, approximate)
+    return rows.reshape([*x.shape[:-1], weight.shape[1]])
 
 
 def attention(qkv: paddle.Tensor, heads: int) -> paddle.Tensor:
@@ -67,22 +68,57 @@ class _Linear(PyLayer):
         ctx.has_bias, ctx.needs_dx, ctx.rounding = bias is not None, not x.stop_gradient, _rounding
         x = _rounded(x, ctx.rounding)
         ctx.save_for_backward(x, weight)
-        out = _product(x, _rounded(weight, ctx.rounding))
-        if ctx.has_bias:
-            _call("add_bias", out, bias, *out.shape)
-        return out
+        return _biased_product(x, weight, bias, ctx.rounding)
 
     @staticmethod
     def backward(ctx, dout):
-        x, weight = ctx.saved_tensor()
+        x, weight = _taken(ctx)
         factor = _rounded(dout, ctx.rounding)
         dx = _product(factor, _rounded(weight, ctx.rounding), transpose_b=True) if ctx.needs_dx else None
         dweight = _product(x, factor, transpose_a=True)
-        if not ctx.has_bias:
-            return dx, dweight
-        dbias = paddle.empty([dout.shape[1]])
-        _call("column_sums", dbias, dout, *dout.shape)
-        return dx, dweight, dbias
+        return (dx, dweight, _column_sums(dout)) if ctx.has_bias else (dx, dweight)
+
+
+class _GeluLinear(PyLayer):
+    @staticmethod
+    def forward(ctx, x, weight, bias, approximate):
+        ctx.approximate, ctx.rounding = approximate, _rounding
+        ctx.save_for_backward(x, weight)
+        activated = paddle.empty_like(x)
+        _call("gelu", activated, x, x.size, approximate)
+        return _biased_product(_rounded(activated, ctx.rounding), weight, bias, ctx.rounding)
+
+    @staticmethod
+    def backward(ctx, dout):
+        x, weight = _taken(ctx)
+        factor = _rounded(dout, ctx.rounding)
+        dx = _product(factor, _rounded(weight, ctx.rounding), transpose_b=True)
+        activated = paddle.empty_like(x)
+        _call("gelu_gradient", dx, activated, dx, x, x.size, ctx.approximate)
+        return dx, _product(_rounded(activated, ctx.rounding), factor, transpose_a=True), _column_sums(dout)
+
+
+def _biased_product(
+    x: paddle.Tensor, weight: paddle.Tensor, bias: paddle.Tensor | None, rounding: bool
+) -> paddle.Tensor:
+    """x [rows, in], rounded already, times weight [in, out], plus bias [out]."""
+    out = _product(x, _rounded(weight, rounding))
+    if bias is not None:
+        _call("add_bias", out, bias, *out.shape)
+    return out
+
+
+def _column_sums(x: paddle.Tensor) -> paddle.Tensor:
+    """x [rows, columns] -> [columns]."""
+    out = paddle.empty([x.shape[1]])
+    _call("column_sums", out, x, *x.shape)
+    return out
+
+
+def _taken(ctx) -> tuple[paddle.Tensor, ...]:
+    """What was saved for the backward pass, let go: Paddle would keep it until the whole pass is over."""
+    tensors, ctx.container = ctx.saved_tensor(), None
+    return tensors
 
 
 def _rounded(x: paddle.Tensor, rounding: bool) -> paddle.Tensor:
@@ -115,7 +151,7 @@ class _LayerNorm(PyLayer):
 
     @staticmethod
     def backward(ctx, dout):
-        x, gain, mean, inverse = ctx.saved_tensor()
+        x, gain, mean, inverse = _taken(ctx)
         dx, dgain, dshift = paddle.empty_like(x), paddle.empty_like(gain), paddle.empty_like(gain)
         _call("layer_norm_gradient", dx, dgain, dshift, dout, x, mean, inverse, gain, *_groups(x, gain))
         return dx, dgain, dshift
@@ -131,28 +167,11 @@ class _GatedSum(PyLayer):
 
     @staticmethod
     def backward(ctx, dout):
-        gate, y = ctx.saved_tensor()
+        gate, y = _taken(ctx)
         dgate, dy = paddle.empty_like(gate), paddle.empty_like(y)
         _call("gated_sum_gradient", dgate, dy, dout, gate, y, *_groups(y, gate))
         # A copy: gradients are summed in place.
         return dout.clone(), dgate, dy
-
-
-class _Gelu(PyLayer):
-    @staticmethod
-    def forward(ctx, x, approximate):
-        ctx.approximate = approximate
-        ctx.save_for_backward(x)
-        out = paddle.empty_like(x)
-        _call("gelu", out, x, x.size, approximate)
-        return out
-
-    @staticmethod
-    def backward(ctx, dout):
-        (x,) = ctx.saved_tensor()
-        dx = paddle.empty_like(x)
-        _call("gelu_gradient", dx, dout, x, x.size, ctx.approximate)
-        return dx
 
 
 class _Attention(PyLayer):
@@ -162,15 +181,23 @@ class _Attention(PyLayer):
         ctx.save_for_backward(qkv)
         batch, tokens, width = qkv.shape
         out = paddle.empty([batch, tokens, width // 3])
-        _call("attention", out, _scratch(tokens * tokens), qkv, *_heads(qkv, heads))
+        row = _aligned(tokens)
+        _call("attention", out, _scratch(tokens * row), qkv, *_heads(qkv, heads), row)
         return out
 
     @staticmethod
     def backward(ctx, dout):
-        (qkv,) = ctx.saved_tensor()
+        (qkv,) = _taken(ctx)
         dqkv, tokens = paddle.empty_like(qkv), qkv.shape[1]
-        _call("attention_gradient", dqkv, _scratch(2 * tokens * tokens), dout, qkv, *_heads(qkv, ctx.heads))
+        row = _aligned(tokens)
+        scratch = _scratch(2 * tokens * row)
+        _call("attention_gradient", dqkv, scratch, dout, qkv, *_heads(qkv, ctx.heads), row)
         return dqkv
+
+
+def _aligned(count: int) -> int:
+    """`count` values, or the next more that fill whole cache lines."""
+    return -(-count // 16) * 16
 
 
 def _groups(x: paddle.Tensor, per_group: paddle.Tensor) -> tuple[int, int, int]:

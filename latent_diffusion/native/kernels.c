@@ -87,19 +87,22 @@ void gelu(float *out, const float *x, int64_t n, int approximate) {
     }
 }
 
-void gelu_gradient(float *dx, const float *dy, const float *x, int64_t n, int approximate) {
+/* dx = dy times the derivative at x, and once more out = gelu(x); dx may be dy. */
+void gelu_gradient(float *dx, float *out, const float *dy, const float *x, int64_t n, int approximate) {
     if (approximate) {
 #pragma omp parallel for simd
         for (int64_t i = 0; i < n; i++) {
             float v = x[i], square = v * v;
             float s = 1.0f / (1.0f + exponential(-2.0f * TANH_SCALE * v * (1.0f + CUBE * square)));
+            out[i] = v * s;
             dx[i] = dy[i] * (s + v * s * (1.0f - s) * 2.0f * TANH_SCALE * (1.0f + 3.0f * CUBE * square));
         }
     } else {
 #pragma omp parallel for simd
         for (int64_t i = 0; i < n; i++) {
-            float v = x[i];
-            dx[i] = dy[i] * (normal_cdf(v) + v * 0.3989422804014327f * exponential(-0.5f * v * v));
+            float v = x[i], cdf = normal_cdf(v);
+            out[i] = v * cdf;
+            dx[i] = dy[i] * (cdf + v * 0.3989422804014327f * exponential(-0.5f * v * v));
         }
     }
 }
@@ -228,9 +231,10 @@ void gated_sum_gradient(float *dgate, float *dy, const float *dout, const float 
     }
 }
 
-static void softmax_rows(float *x, int64_t rows, int64_t width) {
+/* Softmax of `rows` rows of `width` values, which begin `stride` apart. */
+static void softmax_rows(float *x, int64_t rows, int64_t width, int64_t stride) {
     for (int64_t r = 0; r < rows; r++) {
-        float *row = x + r * width, top = row[0], sum = 0.0f;
+        float *row = x + r * stride, top = row[0], sum = 0.0f;
 #pragma omp simd reduction(max : top)
         for (int64_t i = 0; i < width; i++) top = row[i] > top ? row[i] : top;
 #pragma omp simd reduction(+ : sum)
@@ -242,27 +246,27 @@ static void softmax_rows(float *x, int64_t rows, int64_t width) {
 }
 
 /* Self-attention of qkv [batch, tokens, 3, heads, dim] -> out [batch, tokens, heads, dim].
- * A thread takes one head of one sample: its weights stay in the cache, in its part of scratch [threads, tokens,
- * tokens], and are not kept; the products read the heads where they lie. */
-void attention(float *out, float *scratch, const float *qkv, int64_t batch, int64_t tokens, int64_t heads,
-               int64_t dim) {
+ * A thread takes one head of one sample: its weights stay in the cache, in its part of scratch [threads, tokens, row],
+ * and are not kept; the products read the heads where they lie. A row is longer than tokens where that aligns it. */
+void attention(float *out, float *scratch, const float *qkv, int64_t batch, int64_t tokens, int64_t heads, int64_t dim,
+               int64_t row) {
     int64_t width = heads * dim, stride = 3 * width;
 #pragma omp parallel for
     for (int64_t task = 0; task < batch * heads; task++) {
         const float *q = qkv + task / heads * tokens * stride + task % heads * dim;
         const float *k = q + width, *v = k + width;
-        float *weights = scratch + omp_get_thread_num() * tokens * tokens;
+        float *weights = scratch + omp_get_thread_num() * tokens * row;
         cblas_sgemm(ROW_MAJOR, PLAIN, TRANSPOSED, tokens, tokens, dim, 1.0f / sqrtf(dim), q, stride, k, stride, 0.0f,
-                    weights, tokens);
-        softmax_rows(weights, tokens, tokens);
-        cblas_sgemm(ROW_MAJOR, PLAIN, PLAIN, tokens, dim, tokens, 1.0f, weights, tokens, v, stride, 0.0f,
+                    weights, row);
+        softmax_rows(weights, tokens, tokens, row);
+        cblas_sgemm(ROW_MAJOR, PLAIN, PLAIN, tokens, dim, tokens, 1.0f, weights, row, v, stride, 0.0f,
                     out + task / heads * tokens * width + task % heads * dim, width);
     }
 }
 
-/* The weights are computed again; scratch is [threads, 2, tokens, tokens]. */
+/* The weights are computed again; scratch is [threads, 2, tokens, row]. */
 void attention_gradient(float *dqkv, float *scratch, const float *dout, const float *qkv, int64_t batch, int64_t tokens,
-                        int64_t heads, int64_t dim) {
+                        int64_t heads, int64_t dim, int64_t row) {
     int64_t width = heads * dim, stride = 3 * width;
     float scale = 1.0f / sqrtf(dim);
 #pragma omp parallel for
@@ -271,24 +275,20 @@ void attention_gradient(float *dqkv, float *scratch, const float *dout, const fl
         const float *q = qkv + at, *k = q + width, *v = k + width;
         const float *d = dout + task / heads * tokens * width + task % heads * dim;
         float *dq = dqkv + at, *dk = dq + width, *dv = dk + width;
-        float *weights = scratch + omp_get_thread_num() * 2 * tokens * tokens, *dweights = weights + tokens * tokens;
-        cblas_sgemm(ROW_MAJOR, PLAIN, TRANSPOSED, tokens, tokens, dim, scale, q, stride, k, stride, 0.0f, weights,
-                    tokens);
-        softmax_rows(weights, tokens, tokens);
-        cblas_sgemm(ROW_MAJOR, TRANSPOSED, PLAIN, tokens, dim, tokens, 1.0f, weights, tokens, d, width, 0.0f, dv,
-                    stride);
-        cblas_sgemm(ROW_MAJOR, PLAIN, TRANSPOSED, tokens, tokens, dim, 1.0f, d, width, v, stride, 0.0f, dweights,
-                    tokens);
+        float *weights = scratch + omp_get_thread_num() * 2 * tokens * row, *dweights = weights + tokens * row;
+        cblas_sgemm(ROW_MAJOR, PLAIN, TRANSPOSED, tokens, tokens, dim, scale, q, stride, k, stride, 0.0f, weights, row);
+        softmax_rows(weights, tokens, tokens, row);
+        cblas_sgemm(ROW_MAJOR, TRANSPOSED, PLAIN, tokens, dim, tokens, 1.0f, weights, row, d, width, 0.0f, dv, stride);
+        cblas_sgemm(ROW_MAJOR, PLAIN, TRANSPOSED, tokens, tokens, dim, 1.0f, d, width, v, stride, 0.0f, dweights, row);
         for (int64_t r = 0; r < tokens; r++) {
-            float *w = weights + r * tokens, *dw = dweights + r * tokens, sum = 0.0f;
+            float *w = weights + r * row, *dw = dweights + r * row, sum = 0.0f;
 #pragma omp simd reduction(+ : sum)
             for (int64_t i = 0; i < tokens; i++) sum += w[i] * dw[i];
 #pragma omp simd
             for (int64_t i = 0; i < tokens; i++) dw[i] = w[i] * (dw[i] - sum);
         }
-        cblas_sgemm(ROW_MAJOR, PLAIN, PLAIN, tokens, dim, tokens, scale, dweights, tokens, k, stride, 0.0f, dq, stride);
-        cblas_sgemm(ROW_MAJOR, TRANSPOSED, PLAIN, tokens, dim, tokens, scale, dweights, tokens, q, stride, 0.0f, dk,
-                    stride);
+        cblas_sgemm(ROW_MAJOR, PLAIN, PLAIN, tokens, dim, tokens, scale, dweights, row, k, stride, 0.0f, dq, stride);
+        cblas_sgemm(ROW_MAJOR, TRANSPOSED, PLAIN, tokens, dim, tokens, scale, dweights, row, q, stride, 0.0f, dk, stride);
     }
 }
 
