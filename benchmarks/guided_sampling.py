@@ -59,8 +59,8 @@ def parse_arguments() -> argparse.Namespace:
     add("--model", default="DiT-B/2", help="published name or JSON file (default: DiT-B/2)")
     add("--batch-size", type=at_least(1), default=4, help="images that are drawn together (default: 4)")
     add("--steps", type=at_least(1), default=25, help="of DDIM (default: 25)")
-    add("--rounds", type=at_least(1), default=3, help="runs of each contestant (default: 3)")
-    add("--repeats", type=at_least(1), default=1, help="batches of a run that are timed, after one more (default: 1)")
+    add("--rounds", type=at_least(1), default=2, help="runs of each contestant (default: 2)")
+    add("--repeats", type=at_least(1), default=1, help="batches of a run that are timed (default: 1)")
     add("--device", choices=["cpu", "gpu"], help="without it the GPU if there is one")
     return parser.parse_args()
 

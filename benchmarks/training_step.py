@@ -147,7 +147,7 @@ def parse_arguments() -> argparse.Namespace:
     parser = ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--models", nargs="+", choices=list(WORKLOADS), default=list(WORKLOADS), help="what is trained (default: all)")
-    add("--rounds", type=at_least(1), default=3, help="runs of each contestant (default: 3)")
+    add("--rounds", type=at_least(1), default=2, help="runs of each contestant (default: 2)")
     add("--steps", type=at_least(1), default=2, help="steps of a run that are timed (default: 2)")
     add("--device", choices=["cpu", "gpu"], help="without it the GPU if there is one")
     return parser.parse_args()

@@ -16,9 +16,9 @@ def main():
     if arguments.compiled:
         pipeline.transformer = torch.compile(pipeline.transformer)
 
-    def draw(labels):
+    def draw(labels, steps):
         pipeline(
-            labels, guidance_scale=GUIDANCE, num_inference_steps=arguments.steps, output_type="np", return_dict=False
+            labels, guidance_scale=GUIDANCE, num_inference_steps=steps, output_type="np", return_dict=False
         )
 
     measure(draw, arguments, torch.cuda if device == "cuda" else None)

@@ -6,6 +6,9 @@ from timing import memory_in_use, peak_memory, print_figures, reset_peak_memory,
 
 GUIDANCE = 4.0
 
+# Of a batch before those that are timed.
+WARM_UP_STEPS = 2
+
 
 def parse(description, *switches):
     """The flags common to all, and switches of a program's own."""
@@ -25,14 +28,14 @@ def measure(draw, arguments, cuda=None):
     """Prints the seconds of each timed batch, and the most memory from the first batch on, loading left out.
 
     Args:
-        draw: called with the class labels; draws their images.
+        draw: called with the class labels and a number of steps; draws their images.
         arguments: from `parse`.
         cuda: see `timing`.
     """
     labels = list(range(arguments.batch_size))
     memory_in_use(cuda)  # what loading has freed goes back to the system
     reset_peak_memory(cuda)
-    draw(labels)  # the first is slower
+    draw(labels, WARM_UP_STEPS)
     print_figures(
-        seconds=[seconds(lambda: draw(labels), cuda) for _ in range(arguments.repeats)], peak_memory=peak_memory(cuda)
+        seconds=[seconds(lambda: draw(labels, arguments.steps), cuda) for _ in range(arguments.repeats)], peak_memory=peak_memory(cuda)
     )

@@ -26,10 +26,13 @@ def main() -> None:
 
     cuda = paddle.device.cuda if device.select(arguments.device) == "gpu" else None
     folder = Path(arguments.folder)
-    sampler = ImageSampler(
-        load_dit(folder), load_vae(str(folder / "vae")), make_sampler("ddim", arguments.steps), guidance_scale=GUIDANCE
-    )
-    measure(lambda labels: sampler.draw(labels, sample_generators(0, range(len(labels)))), arguments, cuda)
+    networks = load_dit(folder), load_vae(str(folder / "vae"))
+
+    def draw(labels, steps):
+        sampler = ImageSampler(*networks, make_sampler("ddim", steps), GUIDANCE)
+        sampler.draw(labels, sample_generators(0, range(len(labels))))
+
+    measure(draw, arguments, cuda)
 
 
 if __name__ == "__main__":

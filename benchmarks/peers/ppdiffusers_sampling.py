@@ -12,9 +12,9 @@ def main():
     pipeline = DiTPipeline.from_pretrained(arguments.folder)
     pipeline.set_progress_bar_config(disable=True)
 
-    def draw(labels):
+    def draw(labels, steps):
         pipeline(
-            labels, guidance_scale=GUIDANCE, num_inference_steps=arguments.steps, output_type="np", return_dict=False
+            labels, guidance_scale=GUIDANCE, num_inference_steps=steps, output_type="np", return_dict=False
         )
 
     measure(draw, arguments, paddle.device.cuda if arguments.device == "gpu" else None)
