@@ -51,7 +51,7 @@ def main() -> None:
     model, image_size, batch = DEFAULTS[place]
     note = ""
     if place == "cpu" and arguments.model is None:
-        note = f"on a CPU {model} at {image_size} pixels is taken, not DiT-XL/2 at 256; mixed precision has no effect\n"
+        note = f"on a CPU {model} at {image_size} pixels is taken, not DiT-XL/2 at 256, in float32\n"
     model, image_size = arguments.model or model, arguments.image_size or image_size
     batch = arguments.global_batch_size or batch
     title = f"{note}{model}, {image_size} pixels, global batch {batch}, one process on a {place}"

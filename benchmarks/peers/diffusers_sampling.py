@@ -17,9 +17,7 @@ def main():
         pipeline.transformer = torch.compile(pipeline.transformer)
 
     def draw(labels, steps):
-        pipeline(
-            labels, guidance_scale=GUIDANCE, num_inference_steps=steps, output_type="np", return_dict=False
-        )
+        pipeline(labels, guidance_scale=GUIDANCE, num_inference_steps=steps, output_type="np", return_dict=False)
 
     measure(draw, arguments, torch.cuda if device == "cuda" else None)
 

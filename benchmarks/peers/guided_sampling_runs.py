@@ -37,5 +37,6 @@ def measure(draw, arguments, cuda=None):
     reset_peak_memory(cuda)
     draw(labels, WARM_UP_STEPS)
     print_figures(
-        seconds=[seconds(lambda: draw(labels, arguments.steps), cuda) for _ in range(arguments.repeats)], peak_memory=peak_memory(cuda)
+        seconds=[seconds(lambda: draw(labels, arguments.steps), cuda) for _ in range(arguments.repeats)],
+        peak_memory=peak_memory(cuda),
     )

@@ -13,9 +13,7 @@ def main():
     pipeline.set_progress_bar_config(disable=True)
 
     def draw(labels, steps):
-        pipeline(
-            labels, guidance_scale=GUIDANCE, num_inference_steps=steps, output_type="np", return_dict=False
-        )
+        pipeline(labels, guidance_scale=GUIDANCE, num_inference_steps=steps, output_type="np", return_dict=False)
 
     measure(draw, arguments, paddle.device.cuda if arguments.device == "gpu" else None)
 
