@@ -50,7 +50,7 @@ def main() -> None:
     table = Table("ablation", title, (OURS.ljust(50), "s/step", "over this project", "peak memory, GiB"))
     for result in results.values():
         if result.failure:
-            table.row(result.name, f"failed: {result.failure}", None, None)
+            table.failed(result.name, result.failure)
             continue
         table.row(result.name, result.median, result.median / results[OURS].median, result.peak_memory / 2**30)
     table.write(runs={name: result.runs for name, result in results.items()})

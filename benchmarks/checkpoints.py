@@ -64,7 +64,7 @@ def tabulate_files(results: Mapping[str, Result], model: str) -> Table:
     table = Table("files", f"Weights of {model} to and from one file", columns, formats)
     for result in results.values():
         if result.failure:
-            table.row(result.name, f"failed: {result.failure}", *[None] * (len(columns) - 2))
+            table.failed(result.name, result.failure)
             continue
         megabytes, load = result.figure("bytes") / 1e6, result.figure("load")
         save = result.median

@@ -23,6 +23,9 @@ from .report import ROOT
 PEERS = ROOT / "benchmarks" / "peers"
 PEERS_ENVIRONMENT = ROOT / ".venv-peers" / "bin" / "python"
 
+# Seconds after which a contestant hangs.
+LIMIT = 3600
+
 # As it was before `runtime.start()` adds to it: each contestant decides for itself.
 _ENVIRONMENT = dict(os.environ)
 
@@ -71,12 +74,6 @@ class Result:
         """The median over the rounds of another number that was printed, or of the numbers of a list; None without."""
         values = [value for run in self.runs for value in _as_list(run.get(name))]
         return statistics.median(values) if values else None
-
-    def cell(self, name: str) -> float | str | None:
-        """For a table: the attribute or figure `name`, or "failed: ..." if a run failed."""
-        if self.failure:
-            return f"failed: {self.failure}"
-        return getattr(self, name) if hasattr(self, name) else self.figure(name)
 
 
 def compete(
@@ -144,9 +141,12 @@ def run(contestant: Contestant) -> dict:
                 env=_ENVIRONMENT | dict(contestant.environment),
                 capture_output=True,
                 text=True,
+                timeout=LIMIT,
             )
         except OSError as error:
             raise InputError(f"{contestant.command[0]} cannot be run: {error.strerror}") from None
+        except subprocess.TimeoutExpired:
+            raise InputError(f"no end after {LIMIT // 60} minutes") from None
     if done.returncode:
         # Paddle's launcher shows on stdout what its processes print on stderr.
         reason = done.stdout if "LAUNCH ERROR" in done.stderr else done.stderr

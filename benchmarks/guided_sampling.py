@@ -122,7 +122,7 @@ def tabulate(results: Mapping[str, Result], arguments: argparse.Namespace, confi
     reference = rival if rival and not rival.failure else None
     for result in results.values():
         if result.failure:
-            table.row(result.name, f"failed: {result.failure}", *[None] * (len(COLUMNS) - 2))
+            table.failed(result.name, result.failure)
             continue
         table.row(
             result.name,

@@ -49,6 +49,10 @@ class Table:
         self.rows.append(list(cells))
         self._print(texts)
 
+    def failed(self, name: str, reason: str) -> None:
+        """The row of what could not be measured."""
+        self.row(name, f"failed: {reason}", *[None] * (len(self.columns) - 2))
+
     def content(self) -> dict:
         """Name, title, columns and the rows, whose numbers are not rounded."""
         return {"name": self.name, "title": self.title, "columns": self.columns, "rows": self.rows}

@@ -35,7 +35,7 @@ def start() -> str:
     line = _tune()
     with _without_garbage_collection(), _without_import_notices(), naming_missing_libraries():
         import paddle  # noqa: F401
-    return line
+    return f"{line}, {library.state()}"
 
 
 def announce(line: str) -> None:
@@ -66,7 +66,6 @@ def _tune() -> str:
     done = [f"{name}={os.environ.setdefault(name, value)}" for name, value in _environment().items()]
     if _keep_freed_memory():
         done.append("freed memory is kept")
-    done.append("native kernels" if library.available() else "no native kernels")
     return "runtime: " + ", ".join(done)
 
 

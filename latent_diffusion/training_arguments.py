@@ -109,7 +109,7 @@ class SuiteTrainingArguments(TrainingArguments):
         logger.set_level("WARNING")
         super().__post_init__()
         if not self.sharding:
-            # Zeroed gradients would take their memory all the time, and a pass to add to.
+            # Zeroed gradients would take their memory all the time, and a pass to add to. Sharding has its own.
             self.release_grads = True
         # The sampler starts at the step a run resumes from, so that no data is read only to be skipped.
         self.ignore_data_skip = True

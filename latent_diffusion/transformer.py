@@ -1,5 +1,6 @@
 """What the backbones are built of: patches, timestep sinusoids, MLPs, and the parts that training switches."""
 
+import contextvars
 import math
 import sys
 from abc import abstractmethod
@@ -120,5 +121,7 @@ class Backbone(MergesTokens, nn.Layer):
             return block(*inputs)
         from paddle.distributed.fleet.utils import recompute
 
+        # The second pass is in the precision of the first.
+        context = contextvars.copy_context()
         # Blocks draw nothing at random in training, so there is no generator state to keep.
-        return recompute(block, *inputs, preserve_rng_state=False)
+        return recompute(lambda *tensors: context.run(block, *tensors), *inputs, preserve_rng_state=False)

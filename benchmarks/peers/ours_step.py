@@ -62,11 +62,10 @@ def main() -> None:
         figures[name] = total(figures[name], world_size)
     if rank == 0:
         print_figures(
-            parameters=sum(p.size for p in model.parameters() if not p.stop_gradient),
+            gradients=world_size * 4 * sum(p.size for p in model.parameters() if not p.stop_gradient),
             ema_seconds=ema_seconds[arguments.warm_up :],
             settings=settings,
             **figures,
-            **allocated(place),
         )
 
 
@@ -91,16 +90,6 @@ def let_gates_open(model) -> None:
     for p in model.parameters():
         if not p.any():
             paddle.nn.initializer.Normal(0.0, 0.02)(p)
-
-
-def allocated(place: str) -> dict[str, int]:
-    """What Paddle's allocator counts on a CPU, in bytes: at most, and now."""
-    from paddle.base import core
-
-    if place == "gpu":
-        return {}
-    peak, current = core.host_memory_stat_peak_value, core.host_memory_stat_current_value
-    return {"allocated_peak": peak("Allocated", 0), "allocated_at_rest": current("Allocated", 0)}
 
 
 def total(count: int, world_size: int) -> int:

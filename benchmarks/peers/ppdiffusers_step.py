@@ -41,7 +41,7 @@ def main() -> None:
                 average.scale_(DECAY).add_(p * (1 - DECAY))
 
     figures = measure(step, arguments, paddle.device.cuda if arguments.device == "gpu" else None)
-    print_figures(parameters=sum(p.size for p in model.parameters()), **figures)
+    print_figures(gradients=0, **figures)  # `clear_grad` keeps them: they are part of what is held between steps
 
 
 def make(network: str, values: dict):

@@ -70,7 +70,7 @@ def main():
             torch._foreach_lerp_(averages, parameters, 1 - DECAY)
 
     figures = measure(step, arguments, torch.cuda if device == "cuda" else None)
-    print_figures(parameters=sum(p.numel() for p in parameters), **figures)
+    print_figures(gradients=4 * sum(p.numel() for p in parameters), **figures)
 
 
 def batch(arguments, first_timestep, device):

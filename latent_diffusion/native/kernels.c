@@ -1,7 +1,7 @@
 /* Kernels for training and sampling on a CPU: what Paddle computes on one thread or in several passes over memory.
  *
- * Every array is float32, dense and row-major. Each result is computed in an order that the number of threads does not
- * change, so that runs are repeatable bit for bit. `library.py` builds this file, `functions.py` has the shapes and the
+ * Every array is float32, dense and row-major. Results are summed in an order that the number of threads does not
+ * change, but for `product`, whose order is oneDNN's.  `library.py` builds this file, `functions.py` has the shapes and the
  * gradients.
  */
 #include <math.h>
@@ -33,6 +33,7 @@ enum { DNNL_ARG_SRC = 1, DNNL_ARG_DST = 17, DNNL_ARG_WEIGHTS = 33 };
 int dnnl_engine_create(dnnl_engine_t *, int kind, size_t index);
 int dnnl_stream_create(dnnl_stream_t *, dnnl_engine_t, unsigned flags);
 int dnnl_stream_wait(dnnl_stream_t);
+int dnnl_stream_destroy(dnnl_stream_t);
 int dnnl_memory_desc_create_with_strides(dnnl_memory_desc_t *, int ndims, const dnnl_dims_t, int type, const dnnl_dims_t);
 int dnnl_memory_desc_destroy(dnnl_memory_desc_t);
 int dnnl_memory_create(dnnl_memory_t *, dnnl_memory_desc_t, dnnl_engine_t, void *);
@@ -61,12 +62,11 @@ static inline float exponential(float x) {
     return (p * r * r + r + 1.0f) * power;
 }
 
-/* Normal distribution function at x; absolute error 1e-7 (Abramowitz and Stegun, 7.1.26). */
-static inline float normal_cdf(float x) {
-    float z = fabsf(x) * 0.70710678118654752f;
-    float t = 1.0f / (1.0f + 0.3275911f * z);
+/* Normal distribution function at x, given e^(-x^2 / 2); absolute error 1e-7 (Abramowitz and Stegun, 7.1.26). */
+static inline float normal_cdf(float x, float bell) {
+    float t = 1.0f / (1.0f + 0.3275911f * 0.70710678118654752f * fabsf(x));
     float p = ((((1.061405429f * t - 1.453152027f) * t + 1.421413741f) * t - 0.284496736f) * t + 0.254829592f) * t;
-    float tail = 0.5f * p * exponential(-z * z);
+    float tail = 0.5f * p * bell;
     return x < 0.0f ? tail : 1.0f - tail;
 }
 
@@ -78,12 +78,12 @@ void gelu(float *out, const float *x, int64_t n, int approximate) {
     if (approximate) {
 #pragma omp parallel for simd
         for (int64_t i = 0; i < n; i++) {
-            float v = x[i];
-            out[i] = v / (1.0f + exponential(-2.0f * TANH_SCALE * (v + CUBE * v * v * v)));
+            float v = x[i] < -64.0f ? -64.0f : x[i] > 64.0f ? 64.0f : x[i];
+            out[i] = x[i] / (1.0f + exponential(-2.0f * TANH_SCALE * (v + CUBE * v * v * v)));
         }
     } else {
 #pragma omp parallel for simd
-        for (int64_t i = 0; i < n; i++) out[i] = x[i] * normal_cdf(x[i]);
+        for (int64_t i = 0; i < n; i++) out[i] = x[i] * normal_cdf(x[i], exponential(-0.5f * x[i] * x[i]));
     }
 }
 
@@ -92,17 +92,18 @@ void gelu_gradient(float *dx, float *out, const float *dy, const float *x, int64
     if (approximate) {
 #pragma omp parallel for simd
         for (int64_t i = 0; i < n; i++) {
-            float v = x[i], square = v * v;
+            /* Beyond 64 nothing changes, and a cube would overflow. */
+            float v = x[i] < -64.0f ? -64.0f : x[i] > 64.0f ? 64.0f : x[i], square = v * v;
             float s = 1.0f / (1.0f + exponential(-2.0f * TANH_SCALE * v * (1.0f + CUBE * square)));
-            out[i] = v * s;
+            out[i] = x[i] * s;
             dx[i] = dy[i] * (s + v * s * (1.0f - s) * 2.0f * TANH_SCALE * (1.0f + 3.0f * CUBE * square));
         }
     } else {
 #pragma omp parallel for simd
         for (int64_t i = 0; i < n; i++) {
-            float v = x[i], cdf = normal_cdf(v);
+            float v = x[i], bell = exponential(-0.5f * v * v), cdf = normal_cdf(v, bell);
             out[i] = v * cdf;
-            dx[i] = dy[i] * (cdf + v * 0.3989422804014327f * exponential(-0.5f * v * v));
+            dx[i] = dy[i] * (cdf + v * 0.3989422804014327f * bell);
         }
     }
 }
@@ -246,12 +247,13 @@ static void softmax_rows(float *x, int64_t rows, int64_t width, int64_t stride) 
 }
 
 /* Self-attention of qkv [batch, tokens, 3, heads, dim] -> out [batch, tokens, heads, dim].
- * A thread takes one head of one sample: its weights stay in the cache, in its part of scratch [threads, tokens, row],
- * and are not kept; the products read the heads where they lie. A row is longer than tokens where that aligns it. */
-void attention(float *out, float *scratch, const float *qkv, int64_t batch, int64_t tokens, int64_t heads, int64_t dim,
-               int64_t row) {
+ * A thread takes one head of one sample: its weights are in its part of scratch [threads, tokens, row] and not kept, up
+ * to about 500 tokens in the cache; the products read the heads where they lie. A row is longer than tokens where that
+ * aligns it. */
+void attention(float *out, float *scratch, int64_t threads, int64_t row, const float *qkv, int64_t batch,
+               int64_t tokens, int64_t heads, int64_t dim) {
     int64_t width = heads * dim, stride = 3 * width;
-#pragma omp parallel for
+#pragma omp parallel for num_threads(threads)
     for (int64_t task = 0; task < batch * heads; task++) {
         const float *q = qkv + task / heads * tokens * stride + task % heads * dim;
         const float *k = q + width, *v = k + width;
@@ -265,11 +267,11 @@ void attention(float *out, float *scratch, const float *qkv, int64_t batch, int6
 }
 
 /* The weights are computed again; scratch is [threads, 2, tokens, row]. */
-void attention_gradient(float *dqkv, float *scratch, const float *dout, const float *qkv, int64_t batch, int64_t tokens,
-                        int64_t heads, int64_t dim, int64_t row) {
+void attention_gradient(float *dqkv, float *scratch, int64_t threads, int64_t row, const float *dout, const float *qkv,
+                        int64_t batch, int64_t tokens, int64_t heads, int64_t dim) {
     int64_t width = heads * dim, stride = 3 * width;
     float scale = 1.0f / sqrtf(dim);
-#pragma omp parallel for
+#pragma omp parallel for num_threads(threads)
     for (int64_t task = 0; task < batch * heads; task++) {
         int64_t at = task / heads * tokens * stride + task % heads * dim;
         const float *q = qkv + at, *k = q + width, *v = k + width;
@@ -303,6 +305,11 @@ void to_bfloat16(uint16_t *out, const float *x, int64_t n) {
     }
 }
 
+static dnnl_engine_t engine;
+
+/* To be called once, before any product; returns oneDNN's status, 0 for success. */
+int prepare(void) { return dnnl_engine_create(&engine, DNNL_CPU, 0); }
+
 /* A matrix of rows x columns at `values`, as it is or as the transpose of what lies there. */
 static int describe(dnnl_memory_desc_t *matrix, int type, int64_t rows, int64_t columns, int64_t transposed) {
     dnnl_dims_t sizes = {rows, columns}, strides = {transposed ? 1 : columns, transposed ? rows : 1};
@@ -315,15 +322,12 @@ static int describe(dnnl_memory_desc_t *matrix, int type, int64_t rows, int64_t 
 int product(float *out, void *a, void *b, int64_t m, int64_t n, int64_t k, int64_t transpose_a, int64_t transpose_b,
             int64_t bfloat16) {
     int type = bfloat16 ? DNNL_BF16 : DNNL_F32;
-    static dnnl_engine_t engine;
-    static dnnl_stream_t stream;
+    dnnl_stream_t stream = 0;
     dnnl_memory_desc_t kinds[3] = {0};
     dnnl_memory_t memories[3] = {0};
     dnnl_primitive_desc_t description = 0;
     dnnl_primitive_t primitive = 0;
-    int status = 0;
-    if (!stream) status = dnnl_engine_create(&engine, DNNL_CPU, 0) || dnnl_stream_create(&stream, engine, DNNL_DEFAULT_FLAGS);
-    status = status || describe(kinds, type, m, k, transpose_a) || describe(kinds + 1, type, k, n, transpose_b) ||
+    int status = dnnl_stream_create(&stream, engine, DNNL_DEFAULT_FLAGS) || describe(kinds, type, m, k, transpose_a) || describe(kinds + 1, type, k, n, transpose_b) ||
              describe(kinds + 2, DNNL_F32, m, n, 0) ||
              dnnl_matmul_primitive_desc_create(&description, engine, kinds[0], kinds[1], 0, kinds[2], 0) ||
              dnnl_primitive_create(&primitive, description) || dnnl_memory_create(memories, kinds[0], engine, a) ||
@@ -338,6 +342,7 @@ int product(float *out, void *a, void *b, int64_t m, int64_t n, int64_t k, int64
     }
     if (primitive) dnnl_primitive_destroy(primitive);
     if (description) dnnl_primitive_desc_destroy(description);
+    if (stream) dnnl_stream_destroy(stream);
     return status;
 }
 

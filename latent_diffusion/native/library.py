@@ -63,35 +63,55 @@ def _run(*command: object) -> None:
 
 @functools.cache
 def load() -> ctypes.CDLL | None:
-    """The library, or None where it is not `available`: Paddle's own operations do the same."""
-    return ctypes.CDLL(str(path())) if available() else None
+    """The library; None where it was not built for this machine, does not load, or is turned off.
+
+    Paddle's own operations do the same then.
+    """
+    if _turned_off():
+        return None
+    try:
+        library = ctypes.CDLL(str(path()))
+    except OSError:
+        return None
+    return None if library.prepare() else library
 
 
-def available() -> bool:
-    """Whether the kernels were built for this machine, and `LATENT_DIFFUSION_KERNELS=off` is not set."""
-    turned_off = os.environ.get("LATENT_DIFFUSION_KERNELS", "").lower() in ("off", "0", "false")
-    return not turned_off and path().is_file()
+def state() -> str:
+    """Whether the kernels are used, and what to do where they are not built."""
+    if load():
+        return "native kernels"
+    return "no native kernels" + ("" if _turned_off() else f" (python -m {__package__} builds them)")
+
+
+def _turned_off() -> bool:
+    return os.environ.get("LATENT_DIFFUSION_KERNELS", "").lower() in ("off", "0", "false")
 
 
 def has_bfloat16() -> bool:
-    """Whether the kernels are available, and the processor has instructions that multiply bfloat16."""
-    return available() and not {"avx512_bf16", "amx_bf16"}.isdisjoint(processor_flags())
+    """Whether the kernels are there, and the processor has instructions that multiply bfloat16."""
+    return load() is not None and not {"avx512_bf16", "amx_bf16"}.isdisjoint(instruction_sets())
 
 
 def path() -> Path:
     """Where the library of this source, this processor and this Paddle belongs."""
-    parts = (SOURCE.read_text(), *FLAGS, *LIBRARIES, *processor_flags(), str(_paddle()))
+    parts = (SOURCE.read_text(), *FLAGS, *LIBRARIES, *instruction_sets(), str(_paddle()), _paddle_version())
     return FOLDER / f"kernels-{hashlib.sha256('|'.join(parts).encode()).hexdigest()[:16]}.so"
 
 
-def processor_flags() -> list[str]:
-    """What the processor can do, by the names of Linux; elsewhere nothing is known."""
+def instruction_sets() -> list[str]:
+    """Those that a compiler may use on this processor, by the names of Linux; elsewhere none is known."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
         return []
-    return next((line.split(":", 1)[1].split() for line in lines if line.startswith("flags")), [])
+    flags = next((line.split(":", 1)[1].split() for line in lines if line.startswith("flags")), [])
+    # Other flags change with the system, such as mitigations.
+    return sorted(flag for flag in flags if flag.startswith(("avx", "amx", "sse", "ssse", "fma", "f16c", "bmi")))
 
 
 def _paddle() -> Path:
     return Path(importlib.util.find_spec("paddle").origin).parent
+
+
+def _paddle_version() -> str:
+    return (_paddle() / "version" / "__init__.py").read_text()

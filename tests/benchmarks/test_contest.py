@@ -37,8 +37,8 @@ def test_the_order_is_rotated_each_round():
 def test_a_contestant_that_fails_is_named_and_the_others_go_on():
     entries = [contestant("bad", "raise SystemExit('no memory left')"), contestant("good", printing(seconds=[2.0]))]
     results = compete(entries, 2)
-    assert results["bad"].cell("median") == "failed: no memory left"
-    assert results["good"].seconds == [2.0, 2.0] and results["good"].cell("median") == 2.0
+    assert results["bad"].failure == "no memory left"
+    assert results["good"].seconds == [2.0, 2.0] and results["good"].median == 2.0
     with pytest.raises(InputError, match="1 failed: bad"):
         raise_failures(results.values())
     raise_failures([results["good"]])
@@ -76,3 +76,8 @@ def test_without_pytorch_a_note_says_how_to_get_it(monkeypatch, capsys, tmp_path
     assert "`make peers` makes it" in capsys.readouterr().err
     (tmp_path / "python").touch()
     assert peer_python() == tmp_path / "python"
+
+
+def test_a_program_that_hangs_is_given_up(monkeypatch):
+    monkeypatch.setattr(contest, "LIMIT", 0.5)
+    assert compete([contestant("a", "import time; time.sleep(60)")], 1)["a"].failure.startswith("no end after")

@@ -1,4 +1,7 @@
 import math
+import os
+import subprocess
+import sys
 
 import numpy as np
 import paddle
@@ -6,7 +9,7 @@ import pytest
 
 from dit.configuration import DiTConfig
 from dit.modeling import DiT, DiTBlock, sincos_positions
-from latent_diffusion import attention
+from latent_diffusion import attention, precision
 from latent_diffusion.transformer import sinusoid
 from tests import formulations
 
@@ -95,6 +98,16 @@ def test_timestep_zero_is_exact_to_rounding(dit, golden):
         out = dit(*inputs(arrays))
     assert arrays["t"][0] == 0
     close(out[:1], arrays["out"][:1], 5e-6)
+
+
+@pytest.mark.parametrize("name", ["LATENT_DIFFUSION_TUNING=off", "FLAGS_use_stride_kernel=1"])
+def test_forward_pass_and_gradients_with_other_settings(name):
+    key, value = name.split("=")
+    tests = ["-k", "intermediate_values or all_formulations"]
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", __file__, *tests], env=os.environ | {key: value}, capture_output=True
+    )
+    assert done.returncode == 0, done.stdout.decode()
 
 
 def test_layer_norm_epsilon_and_gelu_show_on_small_tokens(dit, golden, formulation):
@@ -252,6 +265,19 @@ def test_recompute_gives_the_same_gradients(dit, golden, monkeypatch):
     assert actual.keys() == expected.keys() and len(actual) == 41
     for name, value in actual.items():
         np.testing.assert_array_equal(value, expected[name], err_msg=name)
+
+
+def test_recompute_in_bfloat16_gives_the_same_gradients(dit, golden):
+    arrays, found = golden("forward"), []
+    for dit.enable_recompute in (False, True):
+        dit.train()
+        with precision.autocast("bfloat16"):
+            loss = (dit(*inputs(arrays)) ** 2).mean()
+        loss.backward()  # outside the context, as training does
+        found.append({n: p.grad.numpy() for n, p in dit.named_parameters() if p.grad is not None})
+        dit.clear_gradients()
+    for name, value in found[0].items():
+        np.testing.assert_array_equal(value, found[1][name], err_msg=name)
 
 
 @pytest.mark.parametrize("name", ["CPU formulations", "GPU formulations"])

@@ -73,10 +73,82 @@ def test_gelu_before_a_linear_layer(approximate):
 
 @pytest.mark.parametrize("approximate", [True, False])
 def test_gelu_of_large_values(approximate):
-    layer, x = ops.Linear(1, 1), paddle.to_tensor([[30.0], [1e4], [-30.0], [-1e4]])
+    layer, x = ops.Linear(1, 1), paddle.to_tensor([[30.0], [1e4], [-30.0], [-1e4], [1e30], [-1e30]])
     layer.weight.set_value(paddle.ones([1, 1]))
-    out = ops.gelu_linear(x, layer, approximate).numpy()
-    np.testing.assert_allclose(out, [[30.0], [1e4], [0.0], [0.0]], atol=1e-30)
+    x.stop_gradient = False
+    out = ops.gelu_linear(x, layer, approximate)
+    out.sum().backward()
+    np.testing.assert_allclose(out.numpy(), [[30.0], [1e4], [0.0], [0.0], [1e30], [0.0]], rtol=1e-6, atol=1e-6)
+    np.testing.assert_allclose(x.grad.numpy(), [[1.0], [1.0], [0.0], [0.0], [1.0], [0.0]], atol=1e-6)
+
+
+FUNCTIONS = {
+    "linear": (functions.linear, [(4, 5), (5, 3), (3,)]),
+    "gelu_linear": (lambda *inputs: functions.gelu_linear(*inputs, True), [(4, 5), (5, 3), (3,)]),
+    "layer_norm": (lambda *inputs: functions.layer_norm(*inputs, 1e-6), [(2, 4, 5), (2, 5), (2, 5)]),
+    "gated_sum": (functions.gated_sum, [(2, 4, 5), (2, 5), (2, 4, 5)]),
+}
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+@pytest.mark.parametrize("frozen", range(3))
+def test_an_input_that_needs_no_gradient_changes_nothing_for_the_others(name, frozen):
+    function, shapes = FUNCTIONS[name]
+    inputs = [draw(*shape, seed=i) for i, shape in enumerate(shapes)]
+    expected = with_gradients(function, *inputs)
+    inputs[frozen].stop_gradient = True
+    others = [tensor for i, tensor in enumerate(inputs) if i != frozen]
+    out = function(*inputs)
+    found = [out, *paddle.grad(out, others, draw(*out.shape, seed=9))]
+    del expected[1 + frozen]
+    assert all(np.array_equal(a.numpy(), b) for a, b in zip(found, expected, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("name", "at", "shape"),
+    [
+        ("linear", 1, (6, 3)),
+        ("linear", 2, (4,)),
+        ("gelu_linear", 1, (4, 3)),
+        ("layer_norm", 1, (1, 5)),
+        ("layer_norm", 1, (2, 4)),
+        ("layer_norm", 2, (5,)),
+        ("gated_sum", 1, (3, 5)),
+        ("gated_sum", 2, (2, 3, 5)),
+    ],
+)
+def test_shapes_that_do_not_fit_are_refused(name, at, shape):
+    function, shapes = FUNCTIONS[name]
+    shapes = [*shapes[:at], shape, *shapes[at + 1 :]]
+    with pytest.raises(ValueError, match="do not fit each other"):
+        function(*(draw(*each) for each in shapes))
+
+
+def test_other_misfits_are_refused():
+    with pytest.raises(ValueError, match="do not fit"):
+        ops.lerp_(draw(4).detach(), draw(5).detach(), 0.5)
+    with pytest.raises(ValueError, match="not queries, keys and values of 2 heads"):
+        functions.attention(draw(1, 2, 9), 2)
+    with pytest.raises(ValueError, match="float32 in host memory, not paddle.float16"):
+        functions.lerp_(draw(4).detach(), draw(4).detach().astype("float16"), 0.5)
+
+
+def test_an_empty_batch_gives_an_empty_batch():
+    for function, shapes in FUNCTIONS.values():
+        inputs = [draw(*shape) for shape in shapes]
+        empty = [tensor[:0] if tensor.shape[0] == inputs[0].shape[0] else tensor for tensor in inputs]
+        assert function(*empty).shape[0] == 0
+
+
+def test_the_default_type_of_paddle_does_not_matter():
+    x, layer = draw(4, 5), ops.Linear(5, 3)
+    expected = with_gradients(lambda x, *_: layer(x), x, layer.weight, layer.bias)
+    paddle.set_default_dtype("float64")
+    try:
+        found = with_gradients(lambda x, *_: layer(x), x, layer.weight, layer.bias)
+    finally:
+        paddle.set_default_dtype("float32")
+    assert all(np.array_equal(a, b) and a.dtype == np.float32 for a, b in zip(found, expected, strict=True))
 
 
 @pytest.mark.parametrize("bias", [True, False])
@@ -119,6 +191,8 @@ def test_the_average_moves_by_the_weight():
         lambda x: ops.gelu_linear(x, ops.Linear(6, 6), False),
         lambda x: ops.modulated_layer_norm(x, x[:, 0] * 0, x[:, 0] * 0),
         lambda x: functions.attention(x, 1),
+        lambda x: functions.gated_sum(x, x[:, 0], x),
+        lambda x: ops.Linear(6, 6)(x),
         lambda x: functions._product(functions._rounded(x[0], True), functions._rounded(x[0], True), transpose_b=True),
     ],
 )

@@ -54,15 +54,23 @@ def test_the_command_goes_on_without_a_compiler(tmp_path):
     assert done.stdout.startswith("note: there is no C compiler") and not done.stderr
 
 
+def test_a_library_that_does_not_load_is_as_if_it_were_not_there(tmp_path, monkeypatch, loaded_anew):
+    damaged = tmp_path / "kernels.so"
+    damaged.write_bytes(b"no library")
+    monkeypatch.setattr(library, "path", lambda: damaged)
+    assert library.load() is None and not library.has_bfloat16()
+    assert library.state() == "no native kernels (python -m latent_diffusion.native builds them)"
+
+
 @pytest.mark.parametrize("value", ["off", "OFF", "0", "false"])
 def test_they_can_be_turned_off(monkeypatch, loaded_anew, value):
     monkeypatch.setenv("LATENT_DIFFUSION_KERNELS", value)
-    assert library.load() is None
+    assert library.load() is None and library.state() == "no native kernels"
 
 
 def test_another_source_or_processor_is_another_library(monkeypatch):
     here = library.path()
-    monkeypatch.setattr(library, "processor_flags", lambda: ["sse2"])
+    monkeypatch.setattr(library, "instruction_sets", lambda: ["sse2"])
     assert library.path() != here
     monkeypatch.undo()
     assert library.path() == here
