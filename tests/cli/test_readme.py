@@ -63,7 +63,13 @@ NOT_RUN = {
     "--guidance-intervals 0:1 0.2:0.8 --num-samples 360 --output-dir output/demo/sweep": (
         "needs what the demo leaves behind"
     ),
-    "python benchmarks/scaling.py": "takes half a minute: four runs of the Trainer, two of them with two processes",
+    "make bench": "takes an hour",
+    "python -m benchmarks.scaling": "takes half a minute: four runs of the Trainer, two of them with two processes",
+    "python -m benchmarks.ablation": "takes minutes; tests/benchmarks runs the program that it times",
+}
+NOT_RUN |= {
+    f"python -m benchmarks.{name}": "takes minutes; tests/benchmarks runs it in small"
+    for name in ("training_step", "guided_sampling", "loading")
 }
 NOT_RUN |= dict.fromkeys(commands_in(test_uvit.TRAINING + test_uvit.EXPORT), "tests/cli/test_uvit.py runs it")
 COCO_FEATURES = "https://bj.bcebos.com/v1/paddlenlp/datasets/paddlemix/coco256_features"
@@ -84,12 +90,15 @@ EXTRACT_COCO, TRAIN_UVIT = "extract_coco_features.py", "run_train_ldm_uvit_small
 EXPORT_UVIT, SAMPLE_T2I = "generate_pipelines.py", "sample_t2i.py"
 EVALUATE, SWEEP = "evaluate.py", "scripts/sweep_sampling.py"
 BENCHMARKS = (
-    "benchmarks/training.py",
-    "benchmarks/features.py",
-    "benchmarks/sampling.py",
-    "benchmarks/token_merging.py",
-    "benchmarks/evaluation.py",
+    "benchmarks.training",
+    "benchmarks.features",
+    "benchmarks.sampling",
+    "benchmarks.token_merging",
+    "benchmarks.evaluation",
+    "benchmarks.checkpoints",
+    "benchmarks.startup",
 )
+KERNELS = "latent_diffusion.native"
 
 # What is added to a command, by its script: the last of two equal flags counts.
 FEW_STEPS = ("--num-sampling-steps", "2", "--vae", "vae")
@@ -111,13 +120,16 @@ ADDED = {
     EVALUATE: ("--extractor", "pixels"),
     SWEEP: ("--extractor", "pixels", "--vae", "vae", "--cfg-scales", "1", "2", "--steps", "2", "--samplers", "ddim")
     + ("--num-samples", "2", "--batch-size", "2"),
-    "benchmarks/training.py": ("--model", "tiny.json", "--image-size", "256", "--global-batch-size", "2")
+    "benchmarks.training": ("--model", "tiny.json", "--image-size", "256", "--global-batch-size", "2")
     + ("--steps", "1", "--num-workers", "1", "--vae", "vae"),
-    "benchmarks/features.py": ("--image-size", "64", "--images", "2"),
-    "benchmarks/sampling.py": ("--model", "DiT-S/8", "--image-size", "64", "--num-sampling-steps", "1"),
-    "benchmarks/evaluation.py": ("--image-size", "64", "--batch-size", "2", "--rounds", "1", "--features", "64")
+    "benchmarks.checkpoints": ("--model", "tiny.json", "--rounds", "1", "--repeats", "1"),
+    "benchmarks.startup": ("--commands", "train.py", "--rounds", "1"),
+    KERNELS: (),
+    "benchmarks.features": ("--image-size", "64", "--images", "2"),
+    "benchmarks.sampling": ("--model", "DiT-S/8", "--image-size", "64", "--num-sampling-steps", "1"),
+    "benchmarks.evaluation": ("--image-size", "64", "--batch-size", "2", "--rounds", "1", "--features", "64")
     + ("--images", "16"),
-    "benchmarks/token_merging.py": (
+    "benchmarks.token_merging": (
         "--dit",
         "tiny.json",
         "--uvit",
@@ -132,7 +144,7 @@ ADDED = {
 ON_THE_CPU = {"PYTHON": sys.executable, "GPUS": ""}
 # Commands of one stage do not depend on each other.
 STAGES = (
-    {EXTRACT, EXTRACT_COCO},
+    {EXTRACT, EXTRACT_COCO, KERNELS},
     {CONVERT_FEATURES, TRAIN, LOOP, TRAIN_UVIT},
     {SAMPLE, SAMPLE_MANY, EXPORT, EXPORT_UVIT, EVALUATE, SWEEP},
     {EXPORT_OFFICIAL, SAMPLE_T2I, *BENCHMARKS},
@@ -218,7 +230,7 @@ def stage_of(command: str) -> int:
 
 def is_long(command: str) -> bool:
     """Whether it starts several processes. Such commands go first, so that neither core is idle in the end."""
-    return "paddle.distributed.launch" in command or script_of(command) == "benchmarks/training.py"
+    return "paddle.distributed.launch" in command or script_of(command) == "benchmarks.training"
 
 
 def tiny(command: str, folder: Path) -> Command:
@@ -245,7 +257,7 @@ def mirror(tmp_path_factory, vae_folder, coco_clip_folder) -> Path:
     Stable Diffusion's parts lie where their names on the hub lead to.
     """
     folder = tmp_path_factory.mktemp("mirror")
-    scripts = tuple(script for script in ADDED if "/" not in script)
+    scripts = tuple(script for script in ADDED if "/" not in script and not script.startswith(("benchmarks.", KERNELS)))
     for name in (*FOLDERS, *scripts, "train_txt2img_uvit_coco_trainer.py"):
         (folder / name).symlink_to(REPOSITORY / name)
     hub = folder / "runwayml/stable-diffusion-v1-5"
@@ -373,7 +385,7 @@ def test_the_commands_run(after_commands):
 
 def test_the_benchmarks_print_tables(results):
     for script in BENCHMARKS:
-        assert re.search(r"^\| -+ .*\|\n\| \w", results[f"python {script}"].out, re.MULTILINE), script
+        assert re.search(r"^\| -+ .*\|\n\| \w", results[f"python -m {script}"].out, re.MULTILINE), script
 
 
 def test_the_trees_are_what_is_written(after_commands):

@@ -61,7 +61,9 @@ def test_the_users_environment_wins_when_paddle_is_imported():
 
 def test_all_of_it_can_be_turned_off():
     found = report(LATENT_DIFFUSION_TUNING="off")
-    assert found["line"].startswith("runtime: nothing tuned, LATENT_DIFFUSION_TUNING is off, ") and found["stride"] is True
+    assert (
+        found["line"].startswith("runtime: nothing tuned, LATENT_DIFFUSION_TUNING is off, ") and found["stride"] is True
+    )
 
 
 @pytest.fixture
