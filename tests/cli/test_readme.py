@@ -438,9 +438,17 @@ def test_every_flag_exists(name):
     shared = ("dit/sampling_arguments.py", "latent_diffusion/sampling_arguments.py", "latent_diffusion/command_line.py")
     shared += ("latent_diffusion/evaluation/extractors.py",)
     for source in (*ADDED, *shared):
-        known |= set(re.findall(r'"(--[\w-]+)"', read(source)))
+        known |= set(re.findall(r'"(--[\w-]+)"', read(path_of(source))))
     found = set(re.findall(r"(?<![\w-])--[a-zA-Z][\w-]*", read(name), re.ASCII))
     assert sorted(flag for flag in found if one_spelling(flag) not in map(one_spelling, known)) == []
+
+
+def path_of(source: str) -> str:
+    """The file of a script or a module."""
+    if source.endswith((".py", ".sh")):
+        return source
+    path = source.replace(".", "/")
+    return f"{path}/__main__.py" if (REPOSITORY / path).is_dir() else f"{path}.py"
 
 
 def one_spelling(flag: str) -> str:
