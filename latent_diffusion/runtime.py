@@ -49,13 +49,9 @@ def is_first_process() -> bool:
     return os.environ.get("PADDLE_TRAINER_ID", "0") == "0"
 
 
-def _turned_off() -> bool:
-    return os.environ.get("LATENT_DIFFUSION_TUNING", "").lower() in ("off", "0", "false")
-
-
 def _tune() -> str:
     """Returns the line that names what was set."""
-    if _turned_off():
+    if library.is_off("LATENT_DIFFUSION_TUNING"):
         return "runtime: nothing tuned, LATENT_DIFFUSION_TUNING is off"
     if "paddle" in sys.modules:
         return "runtime: nothing tuned, Paddle was imported before"
@@ -72,7 +68,7 @@ def _tune() -> str:
 def _environment() -> dict[str, str]:
     # Transposes then use the dense kernel in place of a slow strided copy; on a GPU views are the faster choice.
     settings = {"FLAGS_use_stride_kernel": "0"}
-    cpu = _cpu_info()
+    cpu = library.cpu_info()
     if "AuthenticAMD" in cpu:
         # The math library that Paddle bundles takes a slow path on a processor that is not Intel's unless told.
         settings["MKL_DEBUG_CPU_TYPE"] = "7" if "avx512f" in cpu else "5"
@@ -119,13 +115,6 @@ def _gpu_build() -> bool:
     except importlib.metadata.PackageNotFoundError:
         return False
     return True
-
-
-def _cpu_info() -> str:
-    try:
-        return Path("/proc/cpuinfo").read_text()
-    except OSError:  # not Linux: nothing is detected, Paddle's defaults apply
-        return ""
 
 
 def _keep_freed_memory() -> bool:

@@ -5,7 +5,7 @@ import os
 import time
 from pathlib import Path
 
-from timing import print_figures
+from timing import print_figures, seconds
 
 BATCH_SIZE = 16
 
@@ -23,7 +23,7 @@ def parse(description, *choices):
 
 def measure_opening(opening):
     """Prints the seconds of opening a folder the first time and, in "again", once more."""
-    first, again = (_seconds(opening) for _ in range(2))
+    first, again = (seconds(opening) for _ in range(2))
     print_figures(seconds=[first], again=again)
 
 
@@ -56,9 +56,3 @@ def _seconds_per_sample(epoch, batches):
     for _ in range(batches - 1):
         next(epoch)
     return (time.perf_counter() - start) / ((batches - 1) * BATCH_SIZE)
-
-
-def _seconds(work):
-    start = time.perf_counter()
-    work()
-    return time.perf_counter() - start

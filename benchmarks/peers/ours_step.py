@@ -58,7 +58,7 @@ def main() -> None:
         ema_seconds.append(seconds(lambda: ema.update(len(ema_seconds) + 1), cuda))
 
     figures = measure(step, arguments, cuda)
-    for name in ("memory_before", "peak_memory", "memory_at_rest"):
+    for name in ("peak_memory", "memory_at_rest"):
         figures[name] = total(figures[name], world_size)
     if rank == 0:
         print_figures(

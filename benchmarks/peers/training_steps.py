@@ -22,13 +22,11 @@ def parse(description, *switches):
 
 
 def measure(step, arguments, cuda=None):
-    """Seconds of each timed call of `step`, and memory in bytes: before the first, at most, and after the last."""
-    before = memory_in_use(cuda)
+    """Seconds of each timed call of `step`, and memory in bytes: at most, and after the last."""
     for _ in range(arguments.warm_up):
         step()
     return {
         "seconds": [seconds(step, cuda) for _ in range(arguments.steps)],
-        "memory_before": before,
         "peak_memory": peak_memory(cuda),
         "memory_at_rest": memory_in_use(cuda),
     }

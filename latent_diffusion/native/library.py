@@ -19,6 +19,9 @@ FOLDER = SOURCE.with_name("build")
 # Paddle's own libraries: its OpenMP, so that both share their threads, its matrix products, and oneDNN.
 LIBRARIES = ("libiomp5.so", "libmklml_intel.so", "libdnnl.so.3")
 
+# Set to "off" it leaves the kernels out.
+SWITCH = "LATENT_DIFFUSION_KERNELS"
+
 # Arithmetic that may not trap and sets no errno can be done in vectors.
 FLAGS = (
     "-O3",
@@ -67,7 +70,7 @@ def load() -> ctypes.CDLL | None:
 
     Paddle's own operations do the same then.
     """
-    if _turned_off():
+    if is_off(SWITCH):
         return None
     try:
         library = ctypes.CDLL(str(path()))
@@ -80,11 +83,12 @@ def state() -> str:
     """Whether the kernels are used, and what to do where they are not built."""
     if load():
         return "native kernels"
-    return "no native kernels" + ("" if _turned_off() else f" (python -m {__package__} builds them)")
+    return "no native kernels" + ("" if is_off(SWITCH) else f" (python -m {__package__} builds them)")
 
 
-def _turned_off() -> bool:
-    return os.environ.get("LATENT_DIFFUSION_KERNELS", "").lower() in ("off", "0", "false")
+def is_off(variable: str) -> bool:
+    """Whether the user has set an environment variable to "off" (or 0, or false)."""
+    return os.environ.get(variable, "").lower() in ("off", "0", "false")
 
 
 def has_bfloat16() -> bool:
@@ -100,13 +104,18 @@ def path() -> Path:
 
 def instruction_sets() -> list[str]:
     """Those that a compiler may use on this processor, by the names of Linux; elsewhere none is known."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return []
+    lines = cpu_info().splitlines()
     flags = next((line.split(":", 1)[1].split() for line in lines if line.startswith("flags")), [])
     # Other flags change with the system, such as mitigations.
     return sorted(flag for flag in flags if flag.startswith(("avx", "amx", "sse", "ssse", "fma", "f16c", "bmi")))
+
+
+def cpu_info() -> str:
+    """What Linux says of the processor; elsewhere nothing is detected."""
+    try:
+        return Path("/proc/cpuinfo").read_text()
+    except OSError:
+        return ""
 
 
 def _paddle() -> Path:

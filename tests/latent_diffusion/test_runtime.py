@@ -73,7 +73,7 @@ def untuned(monkeypatch):
         if name in SETTINGS or "PADDLE" in name or name.startswith("MALLOC_"):
             monkeypatch.delenv(name)
     monkeypatch.delitem(sys.modules, "paddle")
-    monkeypatch.setattr(runtime, "_cpu_info", lambda: AMD)
+    monkeypatch.setattr(runtime.library, "cpu_info", lambda: AMD)
     monkeypatch.setattr(os, "sched_getaffinity", lambda process: set(range(8)))
     monkeypatch.setattr(runtime.ctypes, "CDLL", lambda name: SimpleNamespace(mallopt=lambda parameter, value: 1))
     monkeypatch.setattr(runtime, "CPU_QUOTA", Path("/nowhere"))
@@ -178,7 +178,7 @@ def test_the_line_is_printed_by_the_first_process_only(monkeypatch, capsys):
     ],
 )
 def test_the_math_library_is_told_of_an_amd_processor(monkeypatch, cpu, expected):
-    monkeypatch.setattr(runtime, "_cpu_info", lambda: cpu)
+    monkeypatch.setattr(runtime.library, "cpu_info", lambda: cpu)
     assert runtime._environment().get("MKL_DEBUG_CPU_TYPE") == expected
 
 
