@@ -78,6 +78,11 @@ def json_of(folder: Path):
     return lambda name: json.loads((folder / f"{name}.json").read_text())
 
 
+@pytest.fixture(autouse=True)
+def same_random_weights_in_every_run():
+    paddle.seed(0)
+
+
 @pytest.fixture(scope="session")
 def golden():
     """The arrays of tests/data/dit, see `arrays_of`."""
