@@ -4,7 +4,7 @@ PYTHON ?= python3
 VENV := .venv
 PEERS := .venv-peers
 
-.PHONY: demo demo-t2i test install lint peers bench
+.PHONY: demo demo-t2i test faults install lint peers bench
 
 demo: $(VENV)/installed
 	$(VENV)/bin/python -m demo
@@ -12,14 +12,14 @@ demo: $(VENV)/installed
 demo-t2i: $(VENV)/installed
 	$(VENV)/bin/python -m demo.text_to_image
 
-# These start the loader's processes by forking, which must not happen beside the threads of the tests' own processes.
-LOADER_TESTS := $(wildcard tests/*/test_features.py)
-
 # A file's tests stay in one process, since they share what is made once; a thread each leaves the cores to both.
 test: $(VENV)/installed-dev
-	$(VENV)/bin/python -m pytest $(LOADER_TESTS)
-	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile \
-		$(addprefix --ignore=,$(LOADER_TESTS))
+	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile
+
+# Kills, full disks, hostile files and more, at length: a table and output/faults/summary.json.
+# FAULTS="kills disk --scale 0.1" make faults runs a tenth of these two.
+faults: $(VENV)/installed-dev
+	OMP_NUM_THREADS=1 $(VENV)/bin/python -m tests.faults $(FAULTS)
 
 install: $(VENV)/installed
 

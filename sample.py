@@ -1,6 +1,7 @@
 """Samples images of classes from a DiT and saves them as one grid."""
 
 import argparse
+import os
 import time
 from pathlib import Path
 
@@ -30,8 +31,9 @@ def main() -> None:
     from dit.classes import default_labels, parse_labels
     from dit.export import read_labels
     from dit.image_sampling import load_image_sampler
+    from dit.sampling import checked_labels
     from latent_diffusion import device
-    from latent_diffusion.files import replace_file
+    from latent_diffusion.files import write_file
     from latent_diffusion.images import image_grid
     from latent_diffusion.progress import progress
     from latent_diffusion.sampling import sample_generators
@@ -41,6 +43,7 @@ def main() -> None:
     labels = default_labels(classes)
     if arguments.class_labels:
         labels = parse_labels(arguments.class_labels, read_labels(arguments.id2label, classes))
+    checked_labels(labels, classes)
     generators = sample_generators(arguments.seed, range(len(labels)))
 
     start = time.monotonic()
@@ -48,7 +51,7 @@ def main() -> None:
         images = sampler.draw(labels, generators, bar.update)
     seconds = time.monotonic() - start
     grid = image_grid(images, columns=4)
-    replace_file(arguments.output, lambda path: grid.save(path, format="PNG"))
+    write_file(arguments.output, lambda path: grid.save(path, format="PNG"))
     print(f"wrote {arguments.output}: {len(labels)} images of classes {labels} in {seconds:.1f} s")
 
 
@@ -58,6 +61,8 @@ def _check_output(path: Path) -> None:
         raise InputError(f"--output {path} is no name of a .png file")
     if not path.parent.is_dir():
         raise InputError(f"the folder {path.parent} of --output does not exist; make it first")
+    if not os.access(path.parent, os.W_OK):
+        raise InputError(f"cannot write into the folder {path.parent} of --output; choose another folder")
 
 
 if __name__ == "__main__":

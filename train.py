@@ -7,6 +7,7 @@ from latent_diffusion import profiling, runtime
 from latent_diffusion.command_line import ArgumentParser
 from latent_diffusion.errors import command
 from latent_diffusion.evaluation.flags import add_evaluation_arguments
+from latent_diffusion.progress import outlive_lost_lines
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -48,6 +49,13 @@ def parse_arguments() -> argparse.Namespace:
     add("--num-workers", type=int, default=4, help="processes that read data")
     add("--log-every", type=int, default=100, help="steps between log lines")
     add("--ckpt-every", type=int, default=50_000, help="steps between checkpoints")
+    add("--max-run-hours", type=float, help="save and end after so many hours; --resume goes on from there")
+    add(
+        "--on-nonfinite",
+        choices=["stop", "skip"],
+        default="stop",
+        help="at a loss or gradient that is not finite: stop, or skip that step",
+    )
     add_evaluation_arguments(parser)
     parser.add_switch("--profile", help=profiling.HELP)
     add("--device", choices=["cpu", "gpu"], help="default: the GPU where there is one")
@@ -71,6 +79,7 @@ def main() -> None:
     runtime.announce(runtime.start())
     from dit.loop import train
 
+    outlive_lost_lines()
     train(args)
 
 

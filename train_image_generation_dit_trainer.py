@@ -2,6 +2,7 @@
 
 from latent_diffusion import runtime
 from latent_diffusion.errors import command
+from latent_diffusion.progress import outlive_lost_lines
 
 
 @command
@@ -13,6 +14,7 @@ def main() -> None:
 
     dit_args, args = parse(DiTArguments, DiTTrainingArguments, description=__doc__)
     runtime.announce(tuning)
+    outlive_lost_lines()
     train(dit_args, args)
 
 

@@ -2,6 +2,7 @@
 
 from latent_diffusion import runtime
 from latent_diffusion.errors import command
+from latent_diffusion.progress import outlive_lost_lines
 
 
 @command
@@ -13,6 +14,7 @@ def main() -> None:
 
     uvit_args, args = parse(UViTArguments, UViTTrainingArguments, description=__doc__)
     runtime.announce(tuning)
+    outlive_lost_lines()
     train(uvit_args, args)
 
 

@@ -42,6 +42,11 @@ class DiTConfig(ModelConfig):
             raise InputError(f"timestep_convention must be one of {known}, not {self.timestep_convention!r}")
 
     @property
+    def least_weights(self) -> float:
+        mlps = 2 * self.num_layers * int(self.hidden_size * self.mlp_ratio) * self.hidden_size
+        return super().least_weights + mlps + self.num_classes * self.hidden_size
+
+    @property
     def out_channels(self) -> int:
         """Channels of the output: noise, and variance when it is learned."""
         return self.in_channels * (2 if self.learn_sigma else 1)
@@ -61,7 +66,9 @@ class DiTConfig(ModelConfig):
             InputError: no such model, or a file that says otherwise.
         """
         if not model.endswith(".json"):
-            return cls.from_name(model, image_size or 256, num_classes or 1000)
+            return cls.from_name(
+                model, 256 if image_size is None else image_size, 1000 if num_classes is None else num_classes
+            )
         config = cls.from_json(model)
         if image_size not in (None, config.resolution):
             raise InputError(f"--image-size {image_size} contradicts {model}, which is for {config.resolution} pixels")

@@ -1,6 +1,5 @@
 """A trained DiT as a pipeline folder of ppdiffusers or diffusers."""
 
-import json
 from pathlib import Path
 
 import numpy as np
@@ -8,6 +7,7 @@ import paddle
 
 from latent_diffusion.errors import InputError
 from latent_diffusion.files import new_folder, write_json
+from latent_diffusion.reading import read_json
 from latent_diffusion.vae import load_fitting_vae
 from latent_diffusion.weights import transpose_linear, write_safetensors
 
@@ -29,7 +29,7 @@ def read_labels(path: Path | None, num_classes: int) -> dict[int, str] | None:
             return None
         path = IMAGENET_LABELS
     try:
-        labels = json.loads(path.read_text())
+        labels = read_json(path)
         items = enumerate(labels) if isinstance(labels, list) else labels.items()
         labels = {int(key): str(value) for key, value in items}
     except OSError as error:

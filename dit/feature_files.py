@@ -9,18 +9,27 @@
 """
 
 import hashlib
+import os
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
 
-from latent_diffusion.array_files import ArrayFilesWriter, array_file, update, write_file
+from latent_diffusion.array_files import ArrayFilesWriter, array_file, write_file
 from latent_diffusion.errors import InputError
-from latent_diffusion.features import list_arrays, read_array
+from latent_diffusion.features import array_names, array_of, list_arrays, read_content
+from latent_diffusion.npy import naming_damage, read_header
+from latent_diffusion.reading import naming_errors, open_regular
 from latent_diffusion.records import LATENTS, ImageContents, RecordReader, read_manifest, skipped_images
 
 from .configuration import VAE_DOWNSAMPLING
+
+# No leading zeros: two names would be of one number.
+_NUMBERED = re.compile(r"(0|[1-9][0-9]{0,17})\.npy")
+
+# Of the int64 that labels are written as.
+_MAX_LABEL = 2**63 - 1
 
 
 def feature_folders(feature_path: Path, resolution: int) -> tuple[Path, Path, Path]:
@@ -36,14 +45,10 @@ def manifest_path(feature_path: Path, resolution: int) -> Path:
 
 def check_twins(names: list[str], features: Path, twin: Path) -> None:
     """Raises `InputError` unless the folder `twin` holds the arrays `names` that `features` holds."""
-    others = list_arrays(twin)
-    if names == others:
-        return
-    first, second = set(names), set(others)
-    if lone := sorted(first - second):
-        raise InputError(f"{twin / lone[0]} is missing: its twin {features / lone[0]} exists ({len(lone)} such)")
-    lone = sorted(second - first)
-    raise InputError(f"{features / lone[0]} is missing: its twin {twin / lone[0]} exists ({len(lone)} such)")
+    others = set(array_names(twin))
+    if lone := sorted(others.symmetric_difference(names)):
+        absent, present = (features, twin) if lone[0] in others else (twin, features)
+        raise InputError(f"{absent / lone[0]} is missing: its twin {present / lone[0]} exists ({len(lone)} such)")
 
 
 class FeatureFilesWriter(ArrayFilesWriter):
@@ -81,14 +86,17 @@ class FeatureFilesReader(RecordReader):
     """
 
     def __init__(self, folder: Path, scaling_factor: float | None = None):
-        resolution = _resolution(folder)
+        with naming_errors(folder):
+            self._open(folder, _resolution(folder), scaling_factor)
+
+    def _open(self, folder: Path, resolution: int, scaling_factor: float | None) -> None:
         latents, self.labels, flipped = feature_folders(folder, resolution)
         self.views = [latents, flipped] if flipped.is_dir() else [latents]
         self.manifest, self.sha256, self.skipped = manifest_path(folder, resolution), None, []
         names = list_arrays(latents)
         for twin in (self.labels, *self.views[1:]):
             check_twins(names, latents, twin)
-        if self.manifest.exists():
+        if os.path.lexists(self.manifest):
             self._read_manifest(names, scaling_factor)
         else:
             self._describe(names, resolution, scaling_factor)
@@ -96,8 +104,8 @@ class FeatureFilesReader(RecordReader):
     def __iter__(self) -> Iterator[tuple[int, np.ndarray, int]]:
         digest = hashlib.sha256()
         for number, name in self.names.items():
-            update(digest, [folder / name for folder in (*self.views, self.labels)])
-            yield number, np.stack([self._latent(folder / name) for folder in self.views]), self._label(name)
+            record = np.stack([self._latent(folder / name, digest) for folder in self.views])
+            yield number, record, self._label(self.labels / name, digest)
         if self.sha256 not in (None, digest.hexdigest()):
             raise InputError(
                 f"the features are not those whose checksum {self.manifest} has; run extract_features.py again"
@@ -107,6 +115,8 @@ class FeatureFilesReader(RecordReader):
         values = read_manifest(self.manifest)
         self.contents = ImageContents.from_manifest(values, self.manifest)
         self.sha256, self.skipped = values.get("sha256"), skipped_images(values, self.manifest)
+        if not isinstance(self.sha256, str):
+            raise InputError(f"{self.manifest} has no checksum of the features; it is damaged")
         if scaling_factor not in (None, self.contents.scaling_factor):
             raise InputError(
                 f"--scaling-factor {scaling_factor} contradicts {self.manifest}, which says "
@@ -116,10 +126,15 @@ class FeatureFilesReader(RecordReader):
             raise InputError(
                 f"{self.manifest} says each image has {self.contents.views} latents, not {len(self.views)}"
             )
-        expected = {f"{number}.npy": number for number in range(self.contents.records)}
-        if stranger := next((name for name in names if name not in expected), None):
-            raise InputError(f"{self.views[0] / stranger} is no file of the {self.contents.records} of {self.manifest}")
-        self.names = dict(sorted((expected[name], name) for name in names))
+        for name in names:
+            if not _NUMBERED.fullmatch(name) or _number(name) >= self.contents.records:
+                raise InputError(f"{self.views[0] / name} is no file of the {self.contents.records} of {self.manifest}")
+        if len(names) + len(self.skipped) != self.contents.records:
+            raise InputError(
+                f"{self.manifest} says there are {self.contents.records} images, {len(self.skipped)} of them skipped, "
+                f"but there are {len(names)}"
+            )
+        self.names = {_number(name): name for name in names}
 
     def _describe(self, names: list[str], resolution: int, scaling_factor: float | None) -> None:
         if scaling_factor is None:
@@ -129,25 +144,37 @@ class FeatureFilesReader(RecordReader):
             )
         self.names = dict(enumerate(names))
         path = self.views[0] / names[0]
-        first = read_array(path)
-        if first.ndim == 4 and first.shape[0] == 1:
-            first = first[0]
-        if first.ndim != 3 or first.dtype.name not in ("float16", "float32"):
-            raise InputError(f"{path} holds {first.dtype} {first.shape}, not float16 or float32 latents [C, H, W]")
-        shape = (len(self.views), *first.shape)
+        with naming_damage(path), open_regular(path) as file:
+            first = read_header(file)
+        sides = (resolution // VAE_DOWNSAMPLING,) * 2
+        latent = first.shape[1:] if first.shape[:1] == (1,) and len(first.shape) == 4 else first.shape
+        if len(latent) != 3 or latent[0] == 0 or latent[1:] != sides or first.dtype.name not in ("float16", "float32"):
+            raise InputError(
+                f"{path} holds {first.dtype} {first.shape}, not float16 or float32 latents [C, {sides[0]}, {sides[1]}]"
+            )
+        shape = (len(self.views), *latent)
         self.contents = ImageContents(LATENTS, shape, first.dtype.name, len(names), resolution, scaling_factor)
 
-    def _latent(self, path: Path) -> np.ndarray:
-        latent = read_array(path, self.contents.latent_shape)
+    def _latent(self, path: Path, digest) -> np.ndarray:
+        latent = self._array(path, self.contents.latent_shape, digest)
         if latent.dtype != self.contents.dtype:
             raise InputError(f"{path} holds {latent.dtype}, the others {self.contents.dtype}")
         return latent
 
-    def _label(self, name: str) -> int:
-        label = read_array(self.labels / name, ())
-        if label.dtype.kind not in "iu" or label < 0:
-            raise InputError(f"the label file {self.labels / name} holds {label}, not the number of a class")
+    def _label(self, path: Path, digest) -> int:
+        label = self._array(path, (), digest)
+        if label.dtype.kind not in "iu" or not 0 <= label <= _MAX_LABEL:
+            raise InputError(f"the label file {path} holds {label}, not the number of a class")
         return int(label)
+
+    def _array(self, path: Path, shape: tuple[int, ...], digest) -> np.ndarray:
+        content = read_content(path, shape)
+        digest.update(content)
+        return array_of(content, path, shape)
+
+
+def _number(name: str) -> int:
+    return int(name.removesuffix(".npy"))
 
 
 def _resolution(folder: Path) -> int:

@@ -1,5 +1,6 @@
 """Features that DiT trains on, in either layout: one file an image (`feature_files`), or packed."""
 
+import os
 from abc import abstractmethod
 from collections.abc import Sequence
 from pathlib import Path
@@ -7,14 +8,15 @@ from pathlib import Path
 import numpy as np
 
 from latent_diffusion.errors import InputError
-from latent_diffusion.features import FeatureStore, images_to_check, list_arrays, read_array
+from latent_diffusion.features import FeatureStore, images_to_check, list_arrays, read_array, read_floats
 from latent_diffusion.packed import ABSENT, LABELS, MANIFEST, PackedReader, is_packed
-from latent_diffusion.records import MOMENTS
+from latent_diffusion.reading import naming_errors
+from latent_diffusion.records import MOMENTS, check_complete
 from latent_diffusion.vae import sample_moments
 
 from .classes import draw_label
 from .configuration import DiTConfig
-from .feature_files import check_twins, feature_folders
+from .feature_files import check_twins, feature_folders, manifest_path
 
 
 def open_features(feature_path: str | Path, config: DiTConfig, use_flip: bool = False) -> FeatureStore:
@@ -28,9 +30,10 @@ def open_features(feature_path: str | Path, config: DiTConfig, use_flip: bool = 
     Raises:
         InputError: the features are in neither layout, damaged, or not what the backbone takes.
     """
-    if is_packed(Path(feature_path)):
-        return PackedFeatures(feature_path, config, use_flip)
-    return FastDiTFeatures(feature_path, config, use_flip)
+    with naming_errors(Path(feature_path)):
+        if is_packed(Path(feature_path)):
+            return PackedFeatures(feature_path, config, use_flip)
+        return FastDiTFeatures(feature_path, config, use_flip)
 
 
 class LabeledFeatures(FeatureStore):
@@ -70,31 +73,39 @@ class FastDiTFeatures(LabeledFeatures):
         super().__init__(config)
         features, labels, flipped = feature_folders(Path(feature_path), config.resolution)
         _check_present(features)
-        self.names = list_arrays(features)
+        names = list_arrays(features)
+        check_complete(manifest_path(Path(feature_path), config.resolution), "images", len(names))
+        # One array: of a million texts every process of the loader would come to have its own copies, by counting
+        # references to them.
+        self._names = np.array([os.fsencode(name) for name in names])
         self.label_folder = labels
         # Filled as labels are read: the second epoch opens half as many files.
-        self._labels = np.full(len(self.names), -1, dtype=np.int64)
+        self._labels = np.full(len(names), -1, dtype=np.int64)
         self.latent_folders = [features] + ([flipped] if use_flip else [])
         for twin in [labels, *self.latent_folders[1:]]:
-            check_twins(self.names, features, twin)
+            check_twins(names, features, twin)
         for index in images_to_check(len(self)):
             self._label(index)
             for folder in self.latent_folders:
                 self._latent(folder, index)
 
     def __len__(self) -> int:
-        return len(self.names)
+        return len(self._names)
+
+    def name(self, index: int) -> str:
+        """Name of the files of an image."""
+        return os.fsdecode(bytes(self._names[index]))
 
     def _draw_latents(self, indices: Sequence[int], generators: Sequence[np.random.Generator]) -> np.ndarray:
         folders = [self.latent_folders[rng.integers(len(self.latent_folders))] for rng in generators]
         return np.stack([self._latent(folder, index) for folder, index in zip(folders, indices, strict=True)])
 
     def _latent(self, folder: Path, index: int) -> np.ndarray:
-        return read_array(folder / self.names[index], self.config.latent_shape).astype("float32")
+        return read_floats(folder / self.name(index), self.config.latent_shape)
 
     def _label(self, index: int) -> int:
         if self._labels[index] < 0:
-            path = self.label_folder / self.names[index]
+            path = self.label_folder / self.name(index)
             label = read_array(path, ())
             _check_class(label, self.config, f"the label file {path}")
             self._labels[index] = label

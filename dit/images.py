@@ -9,10 +9,14 @@ import numpy as np
 from latent_diffusion.errors import InputError
 from latent_diffusion.features import FeatureStore
 from latent_diffusion.images import decode_image, list_image_folder
+from latent_diffusion.reading import naming_errors, read_bytes
 from latent_diffusion.webdataset import TarImages, list_shards
 
 from .classes import draw_label
 from .configuration import DiTConfig
+
+# Bytes of an encoded image: far more than any has that can be decoded.
+MAX_IMAGE = 1 << 30
 
 
 class LabeledImages(Protocol):
@@ -42,7 +46,7 @@ class FolderImages:
 
     def read(self, index: int) -> bytes:
         try:
-            return self.paths[index].read_bytes()
+            return read_bytes(self.paths[index], MAX_IMAGE)
         except OSError as error:
             raise InputError(f"cannot read the image {self.paths[index]}: {error.strerror}") from None
 
@@ -60,7 +64,8 @@ class ImageStore(FeatureStore):
 
     def __init__(self, data_path: Path, config: DiTConfig):
         self.config, self.latent_shape = config, config.latent_shape
-        self.images: LabeledImages = TarImages(data_path) if list_shards(data_path) else FolderImages(data_path)
+        with naming_errors(data_path):
+            self.images: LabeledImages = TarImages(data_path) if list_shards(data_path) else FolderImages(data_path)
         if (largest := int(self.images.labels.max())) >= config.num_classes:
             raise InputError(
                 f"{data_path} has images of class {largest}; the model has classes 0 to {config.num_classes - 1}"

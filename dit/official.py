@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 
 from latent_diffusion.errors import InputError
+from latent_diffusion.files import preparing_folder
 from latent_diffusion.weights import transpose_linear, write_safetensors, write_torch
 
 from .configuration import MODEL_NAMES, DiTConfig
@@ -74,7 +75,7 @@ def save_official(model: DiT, path: Path) -> None:
         path: a `.pt` file, as `torch.save` writes it, or `.safetensors`.
 
     Raises:
-        InputError: `path` is neither, or its folder does not exist.
+        InputError: `path` is neither, or its folder does not exist or cannot be written.
     """
     write = _WRITERS.get(path.suffix)
     if write is None:
@@ -82,7 +83,8 @@ def save_official(model: DiT, path: Path) -> None:
     if not path.parent.is_dir():
         raise InputError(f"the folder {path.parent} of the output does not exist; make it first")
     weights = {name: tensor.astype("float32").numpy() for name, tensor in model.state_dict().items()}
-    write(path, transpose_linear(weights), model.config.to_dict())
+    with preparing_folder(path.parent):
+        write(path, transpose_linear(weights), model.config.to_dict())
 
 
 def _heads(depth: int, width: int, like: DiTConfig | None) -> int | None:

@@ -149,7 +149,7 @@ def sample_latents(
         InputError: a label is out of range, the seed is negative, or there is no such interval.
     """
     check_interval(guidance_interval)
-    labels = _checked_labels(labels, model.config.num_classes)
+    labels = checked_labels(labels, model.config.num_classes)
     generators = sample_generators(seed, range(len(labels))) if isinstance(seed, int) else seed
     shape = model.config.latent_shape
     with evaluating(model):
@@ -164,7 +164,8 @@ def sample_latents(
     return latents
 
 
-def _checked_labels(labels: Sequence[int] | np.ndarray | paddle.Tensor, num_classes: int) -> paddle.Tensor:
+def checked_labels(labels: Sequence[int] | np.ndarray | paddle.Tensor, num_classes: int) -> paddle.Tensor:
+    """Labels as int64 [B]; raises `InputError` for what is no class."""
     values = np.asarray(labels)
     if values.ndim != 1 or not values.size or values.dtype.kind not in "iu":
         raise InputError("labels must be a non-empty list of class numbers")

@@ -56,7 +56,7 @@ class DiTArguments(SuiteArguments):
             InputError: `--config_file` is bad, or `--resolution` contradicts it.
         """
         if self.config_file is None:
-            return DiTConfig.from_name(DEFAULT_MODEL, image_size=self.resolution or 256)
+            return DiTConfig.from_name_or_file(DEFAULT_MODEL, self.resolution)
         config = DiTConfig.from_json(self.config_file)
         if self.resolution not in (None, config.resolution):
             raise InputError(

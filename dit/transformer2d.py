@@ -5,7 +5,6 @@ have the same parameters under the same names, and the same timestep frequencies
 """
 
 import dataclasses
-import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ import numpy as np
 
 from latent_diffusion.errors import InputError
 from latent_diffusion.pretrained import COMPONENT_CONFIG
+from latent_diffusion.reading import read_json
 from latent_diffusion.weights import is_torch_layout, transpose_linear
 
 from .configuration import DiTConfig
@@ -180,7 +180,7 @@ def _without_filling(table: np.ndarray) -> np.ndarray:
 def _read_config(path: Path) -> DiTConfig:
     """What a transformer's `config.json` says of the network: all but the number of classes."""
     try:
-        values = json.loads(path.read_text())
+        values = read_json(path)
         name = values["_class_name"]
     except OSError as error:
         raise InputError(f"cannot read the configuration file {path}: {error.strerror}") from None

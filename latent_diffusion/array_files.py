@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
+from .errors import naming_file
 from .progress import progress
 from .records import Contents, RecordWriter, claim_manifest, write_manifest
 
@@ -45,7 +46,8 @@ class ArrayFilesWriter(RecordWriter):
         digest = hashlib.sha256()
         with progress(len(numbers), "checksum", self.contents.unit) as bar:
             for number in numbers:
-                update(digest, self.files(number))
+                for path in self.files(number):
+                    digest.update(path.read_bytes())
                 bar.update()
         found = {f"{self.contents.unit}s": len(numbers), "skipped": skipped, "sha256": digest.hexdigest()}
         write_manifest(self.manifest, self.contents.to_dict() | found)
@@ -65,14 +67,13 @@ def write_file(path: Path, content: bytes) -> None:
     """Writes a file that appears under its name when it is complete; it may not survive a power failure."""
     # The name is the same at every try: what a killed process leaves is written over.
     temporary = path.with_name(f".{path.stem}.tmp")
-    temporary.write_bytes(content)
-    temporary.replace(path)
-
-
-def update(digest, paths) -> None:
-    """Adds the bytes of files to a digest of `hashlib`."""
-    for path in paths:
-        digest.update(path.read_bytes())
+    try:
+        with naming_file(path):
+            temporary.write_bytes(content)
+            temporary.replace(path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)  # on a full disk its space is needed
+        raise
 
 
 def _size(path: Path) -> int | None:

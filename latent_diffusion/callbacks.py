@@ -15,39 +15,68 @@ from .ema import EMA
 from .meter import Meter
 from .profiling import StepProfiler
 from .progress import training_line, write_line
+from .step_guard import StepGuard, squared_gradient_norm
 
 
-class EMACallback(TrainerCallback):
-    """Averages the weights after every optimizer step."""
+class StepCallback(TrainerCallback):
+    """Before an optimizer step: whether it is to be made; after it: the average.
 
-    def __init__(self, ema: EMA):
-        self.ema = ema
+    Args:
+        guard: says whether; it is also what can end the run.
+        meter: of the losses.
+        ema: the average, or None.
 
-    def on_optimizer_end(self, args, state, control, optimizer=None, **kwargs):
-        self.ema.update(state.global_step + 1, _master_weights(optimizer))
+    Attributes:
+        norm: of the gradient over all parameters and processes, None where it is not known.
+    """
 
-
-class GradientNormCallback(TrainerCallback):
-    """Measures the norm of the gradient, over all parameters and processes, at the steps that are logged."""
-
-    def __init__(self):
-        self.value: float | None = None
+    def __init__(self, guard: StepGuard, meter: Meter, ema: EMA | None):
+        self.guard, self.meter, self.ema = guard, meter, ema
+        self.norm: float | None = None
 
     def on_optimizer_begin(self, args, state, control, optimizer=None, scaler=None, **kwargs):
-        # With a scaler, sharding reduces gradients later, inside its step: here they are not the ones that are used.
-        if (state.global_step + 1) % args.logging_steps or (scaler is not None and args.sharding):
-            return
-        gradients = [getattr(p, "main_grad", None) if p.grad is None else p.grad for p in _owned(optimizer)]
-        squares = [(g.astype("float32") ** 2).sum() for g in gradients if g is not None]
-        total = paddle.add_n(squares) if squares else paddle.zeros([])
-        if args.sharding and args.sharding_parallel_degree > 1:
-            # Each rank holds the reduced gradient of its own parameters only.
-            from paddle.distributed import fleet
+        step = state.global_step + 1
+        if scaler is None:
+            made = self.guard.allows(step, _squared_gradient_norm(args, optimizer))
+            self.norm = self.guard.norm
+        else:
+            # A scaler leaves out steps of its own, and looks for a scale at which gradients are finite. With sharding
+            # it reduces them later: here they are not the ones that are used.
+            made = self.guard.allows(step, None)
+            if step % args.logging_steps == 0 and not args.sharding:
+                self.norm = float(_squared_gradient_norm(args, optimizer)) ** 0.5 / float(scaler._scale)
+        self.meter.end_step(made)
+        if not made:
+            optimizer.clear_grad(set_to_zero=False)  # the optimizer passes over parameters without a gradient
 
-            group = fleet.get_hybrid_communicate_group().get_sharding_parallel_group()
-            paddle.distributed.all_reduce(total, group=group)
-        scale = float(scaler._scale) if scaler is not None else 1.0
-        self.value = float(total) ** 0.5 / scale
+    def on_optimizer_end(self, args, state, control, optimizer=None, **kwargs):
+        if self.ema and not self.guard.skipped:
+            self.ema.update(state.global_step + 1, _master_weights(optimizer))
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if self.guard.should_stop:
+            control.should_training_stop = True
+
+
+class StartCallback(TrainerCallback):
+    """Calls a function when all that training begins with has been loaded."""
+
+    def __init__(self, function: Callable[[], None]):
+        self.function = function
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self.function()
+
+
+def _squared_gradient_norm(args, optimizer) -> paddle.Tensor:
+    square = squared_gradient_norm(_owned(optimizer))
+    if args.sharding and args.sharding_parallel_degree > 1:
+        # Each rank holds the reduced gradient of its own parameters only.
+        from paddle.distributed import fleet
+
+        group = fleet.get_hybrid_communicate_group().get_sharding_parallel_group()
+        paddle.distributed.all_reduce(square, group=group)
+    return square
 
 
 def _master_weights(optimizer) -> dict[str, paddle.Tensor]:
@@ -88,7 +117,7 @@ class ProgressCallback(TrainerCallback):
             self.bar.update()
 
     def on_log(self, args, state, control, logs=None, **kwargs):
-        if not state.is_world_process_zero or "loss" not in logs:
+        if not state.is_world_process_zero or "global_step" not in logs:
             return
         line = training_line(state.global_step, state.max_steps, logs)
         if args.disable_tqdm:
@@ -133,7 +162,7 @@ class ImageLoggingCallback(TrainerCallback):
 
     Args:
         draw: `draw(model)` returns a dict of names and images uint8 [H, W, 3]. It must not touch Paddle's generators.
-        every: steps between images.
+        due: `due(step, last_step)` says whether there are images after a step.
         ema: the average, or None to draw with the raw weights.
         visualdl: the callback that holds VisualDL's writer.
     """
@@ -141,15 +170,15 @@ class ImageLoggingCallback(TrainerCallback):
     def __init__(
         self,
         draw: Callable[[paddle.nn.Layer], dict[str, np.ndarray]],
-        every: int,
+        due: Callable[[int, int], bool],
         ema: EMA | None,
         visualdl: VisualDLCallback,
     ):
-        self.draw, self.every, self.ema, self.visualdl = draw, every, ema, visualdl
+        self.draw, self.due, self.ema, self.visualdl = draw, due, ema, visualdl
         self.failed = False
 
     def on_step_end(self, args, state, control, model=None, **kwargs):
-        if self.failed or state.global_step % self.every or not state.is_world_process_zero:
+        if self.failed or not state.is_world_process_zero or not self.due(state.global_step, state.max_steps):
             return
         try:
             self._log(state.global_step, model)

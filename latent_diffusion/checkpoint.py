@@ -3,20 +3,25 @@
     output_dir/checkpoint-N/
         model_state.pdparams  ema_state.pdparams  optimizer.pdopt  scheduler.pdparams  scaler.pdparams
         rng_state*.pth  trainer_state.json  training_args.bin  config.json
+        manifest.json    step, samples and seed of the run, size and SHA-256 of every other file
     output_dir/best/
         model_state.pdparams  ema_state.pdparams  config.json  evaluation.json
 
-A folder of such a name is complete: it is written under another name and renamed. All state is read without executing
-anything from the files.
+A folder of such a name is complete: it is written under another name, with the manifest last, and renamed. What a disk
+did to it later shows in sizes and checksums. All state is read without executing anything from the files.
 """
 
+import contextlib
 import itertools
-import json
 import random
 import re
 import shutil
-from collections.abc import Callable
+import sys
+import uuid
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import paddle
@@ -24,44 +29,252 @@ import paddle
 from . import distributed
 from .ema import EMA
 from .errors import InputError
-from .files import publish_folder
+from .files import file_sha256, publish_folder, sync, write_json
+from .reading import read_json
 from .weights import read_paddle, read_weights, write_paddle
 
 MODEL, EMA_MODEL, CONFIG = "model_state.pdparams", "ema_state.pdparams", "config.json"
 OPTIMIZER, SCHEDULER, SCALER = "optimizer.pdopt", "scheduler.pdparams", "scaler.pdparams"
 TRAINER_STATE, TRAINING_ARGUMENTS = "trainer_state.json", "training_args.bin"
+MANIFEST, MANIFEST_VERSION = "manifest.json", 1
 
 # The weights that evaluation during training found best, and the file that says how good they are.
 BEST, EVALUATION = "best", "evaluation.json"
 
-# Said when a run goes on with batches of another size.
-OTHER_BATCHES = "other samples a step than before: the order of data changes from here on"
-
 _NAME = re.compile(r"checkpoint-(\d+)")
 
 
+class SaveFailed(InputError):
+    """A checkpoint could not be written; those before it are as they were."""
+
+
+@dataclass(frozen=True)
+class Progress:
+    """How far a run had come when it wrote a checkpoint, and what the rest of it depends on.
+
+    Attributes:
+        step: optimizer steps made.
+        samples: samples consumed by them, on all processes.
+        seed: of data order and noise.
+    """
+
+    step: int
+    samples: int
+    seed: int
+
+    def changes(self, samples_per_step: int, seed: int) -> list[str]:
+        """Sentences about what is different in a run that goes on from here."""
+        notes = []
+        if self.samples != self.step * samples_per_step:
+            notes.append("other samples a step than before: the order of data changes from here on")
+        if self.seed != seed:
+            notes.append(f"seed {seed}, before it was {self.seed}: the order of data and all noise change from here on")
+        return notes
+
+
+def read_progress(folder: Path) -> Progress:
+    """How far the run of a checkpoint had come.
+
+    Raises:
+        InputError: its manifest cannot be read.
+    """
+    manifest = _read_manifest(folder)
+    return Progress(**{name: manifest[name] for name in ("step", "samples", "seed")})
+
+
+def _read_manifest(folder: Path) -> dict:
+    path = folder / MANIFEST
+    try:
+        manifest = read_json(path)
+    except FileNotFoundError:
+        raise InputError(
+            f"{folder} has no {MANIFEST}: it is not a complete checkpoint, or of a version before manifests"
+        ) from None
+    except (OSError, ValueError) as error:
+        raise InputError(f"cannot read {path} ({type(error).__name__}: {error})") from None
+    if not isinstance(manifest, dict) or manifest.get("version") != MANIFEST_VERSION:
+        raise InputError(f"{path} is not the manifest of a checkpoint that this version reads")
+    files = manifest.get("files")
+    numbers = [manifest.get(name) for name in ("step", "samples", "seed")]
+    if not all(type(number) is int and number >= 0 for number in numbers) or not _are_files(files):
+        raise InputError(f"{path} is damaged: it has not all that a manifest says")
+    return manifest
+
+
+def _are_files(files: object) -> bool:
+    return isinstance(files, dict) and all(
+        Path(name).name == name and isinstance(entry, dict) and type(entry.get("bytes")) is int
+        for name, entry in files.items()
+    )
+
+
+def write_manifest(folder: Path, progress: Progress) -> None:
+    """Writes down what a checkpoint consists of, all its other files being there."""
+    files = {
+        path.name: {"bytes": path.stat().st_size, "sha256": file_sha256(path)} for path in sorted(folder.iterdir())
+    }
+    write_json(folder / MANIFEST, {"version": MANIFEST_VERSION, **asdict(progress), "files": files})
+
+
+def check_whole(folder: Path) -> None:
+    """Raises `InputError` unless all files of a checkpoint are there in the sizes of its manifest; it reads none."""
+    manifest = _read_manifest(folder)
+    if (name := _NAME.fullmatch(folder.name)) and int(name[1]) != manifest["step"]:
+        raise InputError(
+            f"{folder} is of step {manifest['step']}: name it checkpoint-{manifest['step']}, or move it away"
+        )
+    for name, entry in manifest["files"].items():
+        try:
+            size = (folder / name).stat().st_size
+        except OSError as error:
+            raise InputError(f"{folder / name} cannot be read ({error.strerror}), which the manifest lists") from None
+        if size != entry["bytes"]:
+            raise InputError(f"{folder / name} has {size} bytes, not {entry['bytes']}: it is damaged")
+
+
+def verify(folder: Path) -> None:
+    """Raises `InputError` unless all files of a checkpoint are those that were written: it reads them all."""
+    check_whole(folder)
+    for name, entry in _read_manifest(folder)["files"].items():
+        try:
+            digest = file_sha256(folder / name)
+        except OSError as error:
+            raise InputError(f"{folder / name} cannot be read ({error.strerror})") from None
+        if digest != entry.get("sha256"):
+            raise InputError(f"{folder / name} is not what was written (its checksum differs): it is damaged")
+
+
+def check_weights_file(folder: Path) -> None:
+    """As `check_whole`, but a checkpoint of another program, without a manifest, will do if it has weights."""
+    if (folder / MANIFEST).is_file():
+        check_whole(folder)
+    elif not (folder / MODEL).is_file():
+        raise InputError(f"{folder} has neither {MANIFEST} nor {MODEL}: it is not a complete checkpoint")
+
+
 def checkpoints(output_dir: Path) -> list[Path]:
-    """Complete checkpoints below `output_dir`, by rising step."""
+    """Folders below `output_dir` that are named as checkpoints, by rising step; they may be damaged."""
     if not output_dir.is_dir():
         return []
-    folders = [path for path in output_dir.iterdir() if _NAME.fullmatch(path.name) and (path / TRAINER_STATE).is_file()]
-    return sorted(folders, key=_step)
+    return sorted((path for path in output_dir.iterdir() if _NAME.fullmatch(path.name) and path.is_dir()), key=_step)
+
+
+def is_checkpoint(folder: Path) -> bool:
+    """Whether a folder is a checkpoint, perhaps a damaged one: it is named as one, or has a manifest."""
+    return folder.is_dir() and (_NAME.fullmatch(folder.name) is not None or (folder / MANIFEST).is_file())
 
 
 def _step(path: Path) -> int:
     return int(_NAME.fullmatch(path.name)[1])
 
 
-def newest_checkpoint(output_dir: Path) -> Path | None:
-    """The checkpoint of the highest step, or None."""
-    return (checkpoints(output_dir) or [None])[-1]
+def newest_checkpoint(output_dir: Path, check: Callable[[Path], None] = check_whole) -> Path | None:
+    """The checkpoint of the highest step that is complete, or None where there are no checkpoints.
+
+    Args:
+        output_dir: of a run.
+        check: raises `InputError` for a folder that is passed over, which is said on stderr.
+
+    Raises:
+        InputError: there are checkpoints, and none is complete.
+    """
+    damaged = []
+    for folder in reversed(checkpoints(output_dir)):
+        try:
+            check(folder)
+        except InputError as error:
+            damaged.append(str(error))
+            continue
+        for text in damaged:
+            print(f"warning: skipped a checkpoint: {text}", file=sys.stderr)
+        return folder
+    if damaged:
+        raise InputError(
+            f"none of the {len(damaged)} checkpoints in {output_dir} is complete ({damaged[0]}); move them away to "
+            "start anew"
+        )
+    return None
 
 
-def remove_oldest(output_dir: Path, keep: int | None) -> None:
-    """Deletes all but the `keep` newest checkpoints; None or less than 1 keeps all."""
-    if keep and keep > 0:
-        for path in checkpoints(output_dir)[:-keep]:
-            shutil.rmtree(path)
+def agreed(folder: Path | None) -> Path | None:
+    """The checkpoint that the first process has chosen. All processes call it.
+
+    Args:
+        folder: the choice of the first process, None for no checkpoint; of other processes anything.
+
+    Raises:
+        InputError: on all processes, where one of them does not find the same checkpoint there.
+    """
+    chosen = distributed.from_first(str(folder) if folder else "")
+    if not chosen:
+        return None
+    manifests = distributed.gather(_manifest_text(Path(chosen)))
+    for rank, text in enumerate(manifests):
+        if text != manifests[0]:
+            raise InputError(
+                f"process {rank} does not find the checkpoint {chosen} as process 0 does; the folder must be on a disk "
+                "that all machines share"
+            )
+    return Path(chosen)
+
+
+def check_shared(folder: Path) -> None:
+    """Raises `InputError` on all processes unless all write into the same folder `folder`. All processes call it.
+
+    On disks that are not shared each machine would keep a part of every checkpoint.
+    """
+    rank, world_size = paddle.distributed.get_rank(), paddle.distributed.get_world_size()
+    if world_size == 1:
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    own = folder / f".process-{rank}"
+    own.write_text(distributed.from_first(uuid.uuid4().hex))
+    distributed.barrier()
+    missing = [r for r in range(world_size) if not _has_text(folder / f".process-{r}", own.read_text())]
+    reports = distributed.gather(",".join(map(str, missing)))
+    own.unlink()
+    if others := reports[0]:
+        raise InputError(
+            f"process {others} does not write into the folder {folder} that process 0 writes into; it must be on a "
+            "disk that all machines share"
+        )
+
+
+def _has_text(path: Path, text: str) -> bool:
+    return path.is_file() and path.read_text() == text
+
+
+def check_has(folder: Path, name: str, advice: str) -> None:
+    """Raises `InputError` with this advice unless a checkpoint has the file `name`."""
+    if name not in _read_manifest(folder)["files"]:
+        raise InputError(f"{folder} has no {name}: {advice}")
+
+
+def _manifest_text(folder: Path) -> str:
+    try:
+        return (folder / MANIFEST).read_text(encoding="utf-8")
+    except OSError:
+        return ""
+
+
+def remove_older(newest: Path, keep: int | None) -> None:
+    """Deletes complete checkpoints of steps before `newest`, so that `keep` are left with it; None keeps all.
+
+    Damaged ones do not count, and are left where they are.
+    """
+    older = [path for path in checkpoints(newest.parent) if _step(path) < _step(newest) and _is_whole(path)]
+    for path in older[: max(len(older) + 1 - keep, 0)] if keep else []:
+        # Under this name what a killed process leaves of it is no checkpoint, and is removed by the next run.
+        removed = path.rename(path.with_name(f".{path.name}.partial"))
+        shutil.rmtree(removed)
+
+
+def _is_whole(folder: Path) -> bool:
+    try:
+        check_whole(folder)
+    except InputError:
+        return False
+    return True
 
 
 def set_aside(output_dir: Path, after: int = -1) -> str | None:
@@ -101,7 +314,7 @@ def read_best(output_dir: Path) -> dict | None:
     if not path.is_file():
         return None
     try:
-        found = json.loads(path.read_text())
+        found = read_json(path)
         return found | {"step": int(found["step"]), "fid": float(found["fid"])}
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise InputError(
@@ -110,23 +323,71 @@ def read_best(output_dir: Path) -> dict | None:
         ) from None
 
 
-def save(final: Path, write: Callable[[Path], None], keep: int | None = None) -> None:
+def save(
+    final: Path,
+    write: Callable[[Path], None],
+    progress: Progress,
+    size: Callable[[], int],
+    keep: int | None = None,
+) -> None:
     """Lets all processes together `write` into a temporary folder, which then becomes the checkpoint `final`.
 
-    All processes call it; afterwards all but the `keep` newest checkpoints beside it are deleted.
+    All processes call it; afterwards older ones are deleted, see `remove_older`.
+
+    Args:
+        final: the folder.
+        write: writes this process's files into a folder.
+        progress: how far the run has come.
+        size: gives the bytes that this process writes, about; it is said when that fails.
+        keep: see `remove_older`.
+
+    Raises:
+        SaveFailed: on all processes, where one of them could not write; nothing of the new checkpoint is left.
     """
     first = paddle.distributed.get_rank() == 0
     staging = final.with_name(f".{final.name}.partial")
     if first:
         shutil.rmtree(staging, ignore_errors=True)
     distributed.barrier()
+    failures = distributed.gather(_failure(lambda: _write_into(staging, write)))
+    failure = next(filter(None, failures), "")
+    if first and not failure:
+        failure = _failure(lambda: _publish(staging, final, progress))
+    if failure := distributed.from_first(failure):
+        needed = sum(map(int, distributed.gather(str(size()))))
+        if first:
+            shutil.rmtree(staging, ignore_errors=True)
+        raise SaveFailed(f"cannot save {final} ({failure}); it needs {needed / 1e6:.1f} MB, {_free(final.parent)}")
+    if first and (failure := _failure(lambda: remove_older(final, keep))):
+        print(f"warning: cannot delete an old checkpoint ({failure})", file=sys.stderr)
+
+
+def _failure(act: Callable[[], None]) -> str:
+    """What the system said when `act` failed, or an empty text."""
+    try:
+        act()
+    except OSError as error:
+        return f"{error.strerror or error}: {Path(error.filename).name}" if error.filename else str(error)
+    return ""
+
+
+def _write_into(staging: Path, write: Callable[[Path], None]) -> None:
     staging.mkdir(parents=True, exist_ok=True)
     write(staging)
-    distributed.barrier()
-    if first:
-        publish_folder(staging, final)
-        remove_oldest(final.parent, keep)
-    distributed.barrier()
+
+
+def _publish(staging: Path, final: Path, progress: Progress) -> None:
+    for path in staging.iterdir():
+        sync(path)
+    write_manifest(staging, progress)
+    publish_folder(staging, final)
+
+
+def _free(folder: Path) -> str:
+    try:
+        return f"{shutil.disk_usage(folder).free / 1e6:.1f} MB are free"
+    except OSError as error:
+        return f"{folder} cannot be asked for its free space ({error.strerror})"
 
 
 def remove_partial(output_dir: Path) -> None:
@@ -165,32 +426,36 @@ def read_averaged_weights(folder: Path, model: paddle.nn.Layer, ema: EMA | None)
     """
     load_weights(folder / MODEL, model)
     if ema is not None:
-        ema.set_state_dict(read_paddle(folder / EMA_MODEL))
+        with _restoring(folder / EMA_MODEL) as state:
+            ema.set_state_dict(state)
 
 
 def read_schedule(folder: Path, lr_scheduler, scaler) -> None:
     """Restores the learning rate schedule and the loss scale of a checkpoint."""
-    lr_scheduler.set_state_dict(read_paddle(folder / SCHEDULER))
-    # The state has the earlier run's learning rate, which would hold for one step more than the flags say.
-    lr_scheduler.step(lr_scheduler.last_epoch)
+    with _restoring(folder / SCHEDULER) as state:
+        lr_scheduler.set_state_dict(state)
+        # The state has the earlier run's learning rate, which would hold for one step more than the flags say.
+        lr_scheduler.step(lr_scheduler.last_epoch)
     if scaler is not None:
-        scaler.load_state_dict(read_paddle(folder / SCALER))
+        with _restoring(folder / SCALER) as state:
+            scaler.load_state_dict(state)
 
 
-def read_progress(folder: Path) -> tuple[int, int]:
-    """The step of a checkpoint, and how many samples had been consumed by then.
+@contextlib.contextmanager
+def _restoring(path: Path) -> Iterator[Any]:
+    """Around setting the state in a file, which it gives; a file that holds something else makes Paddle raise anything.
 
     Raises:
-        InputError: the file that says so cannot be read.
+        InputError: the file cannot be read, or holds something else.
     """
-    path = folder / TRAINER_STATE
+    state = read_paddle(path)
     try:
-        state = json.loads(path.read_text())
-        return int(state["global_step"]), int(state["consumed_samples"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise InputError(
-            f"{path} does not say how far the run had come ({type(error).__name__}: {error}); resume another checkpoint"
-        ) from None
+        yield state
+    except InputError as error:
+        raise InputError(f"{path}: {error}") from None
+    except Exception as error:
+        reason = " ".join(str(error).split())[:200]
+        raise InputError(f"{path} does not hold the state of such a run: {type(error).__name__} {reason}") from error
 
 
 def check_config(folder: Path, config) -> None:
@@ -204,9 +469,13 @@ def check_config(folder: Path, config) -> None:
             )
 
 
-def all_finite(model: paddle.nn.Layer) -> bool:
-    """Whether no weight is infinite or no number."""
-    return all(bool(paddle.isfinite(p).all()) for p in model.parameters())
+def size_of(state: dict) -> int:
+    """Bytes of the tensors of a state dict, which may be nested."""
+    return sum(
+        size_of(value) if isinstance(value, dict) else value.size * value.element_size()
+        for value in state.values()
+        if isinstance(value, dict | paddle.Tensor)
+    )
 
 
 def load_weights(path: Path, model: paddle.nn.Layer) -> None:
@@ -253,15 +522,9 @@ def load_optimizer(path: Path, optimizer, model: paddle.nn.Layer) -> None:
     Raises:
         InputError: the file cannot be read or belongs to another model.
     """
-    state = read_paddle(path)
     names = {name: p.name for name, p in model.named_parameters()}
-    try:
-        renamed = _rename(state, names)
-    except KeyError as error:
-        raise InputError(
-            f"{path} has state for {error}, which the model has not: it belongs to another model"
-        ) from None
-    optimizer.set_state_dict(_to_tensors(renamed))
+    with _restoring(path) as state:
+        optimizer.set_state_dict(_to_tensors(_rename(state, names)))
 
 
 def _rename(state: dict, names: dict[str, str]) -> dict:
@@ -283,7 +546,7 @@ def _renamed(key: str, names: dict[str, str]) -> str:
         if key[:end] in names:
             return names[key[:end]] + key[end:]
         end = key.rfind("_", 0, end)
-    raise KeyError(key)
+    raise InputError(f"it has state for {key!r}, which the model has not: it belongs to another model")
 
 
 def _to_tensors(value):
@@ -299,6 +562,16 @@ def rng_state() -> dict:
         "numpy": np.random.get_state(),
         "paddle": [generator.get_state().__getstate__() for generator in _generators()],
     }
+
+
+def read_rng_state(path: Path) -> None:
+    """Restores the generators from a file with what `rng_state` returned.
+
+    Raises:
+        InputError: the file cannot be read, or holds something else.
+    """
+    with _restoring(path) as state:
+        set_rng_state(state)
 
 
 def set_rng_state(state: dict) -> None:

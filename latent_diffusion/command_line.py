@@ -10,12 +10,27 @@ from typing import Any, NoReturn
 import yaml
 
 from .errors import InputError
+from .reading import read_bytes
+
+# More steps than any run can do, and few enough to be counted in samples.
+MOST_STEPS = 10**12
+
+# Of one process: more samples at a time than any memory holds, and more processes that read them than any machine has
+# cores. Beyond them the system ends a run without a word.
+MOST_SAMPLES, MOST_WORKERS = 2**16, 1024
+
+# Bytes of a file of flags; parsing takes hundreds of times as much.
+_MAX_YAML = 1 << 16
+
+# From these on, integers fit into no counter and numbers into no float32.
+_TOO_LARGE = {int: 2**63, float: 2.0**128}
 
 
 class ArgumentParser(argparse.ArgumentParser):
     """argparse's parser for this suite's commands.
 
     - A bad command line is an `InputError` in place of usage text and exit status 2.
+    - Empty values, and numbers that are not finite or huge, are refused.
     - `--image-size` and `--image_size` are the same flag, and flags are not abbreviated.
     - With `add_config()`, a YAML file gives values of flags, and the command line overrides them.
     """
@@ -45,6 +60,15 @@ class ArgumentParser(argparse.ArgumentParser):
             args = (self._flags_in(path) if path else []) + args
         return super().parse_known_args(args, namespace)
 
+    def _get_value(self, action: argparse.Action, arg_string: str) -> Any:
+        # A variable of the shell that is not set; taken as a path it would be the current folder.
+        if arg_string == "" != action.default:
+            raise argparse.ArgumentError(action, "must not be empty; leave the flag out")
+        value = super()._get_value(action, arg_string)
+        if type(value) in _TOO_LARGE and not abs(value) < (limit := _TOO_LARGE[type(value)]):
+            raise argparse.ArgumentError(action, f"must be finite and below {limit:.0e}, not {arg_string}")
+        return value
+
     def _known_spelling(self, arg: str) -> str:
         name, equals, value = arg.partition("=")
         if not name.startswith("--") or name in self._option_string_actions:
@@ -61,7 +85,7 @@ class ArgumentParser(argparse.ArgumentParser):
             flag = self._known_spelling(f"--{key}")
             if flag not in self._option_string_actions or flag == "--config":
                 raise InputError(f"{path} has the unknown key {key!r}; keys are the flags that --help lists")
-            if isinstance(value, dict):
+            if isinstance(value, dict) or isinstance(value, list) and any(isinstance(v, dict | list) for v in value):
                 raise InputError(f"the key {key!r} in {path} must hold one value or a list of values")
             if isinstance(value, list):
                 flags += [flag, *map(str, value)]
@@ -79,8 +103,8 @@ def boolean(text: str) -> bool:
     raise argparse.ArgumentTypeError(f"expected true or false, not {text!r}")
 
 
-def at_least(least: float, number: type[int] | type[float] = int) -> Callable[[str], float]:
-    """For argparse's `type`: takes finite numbers from `least` on."""
+def at_least(least: float, number: type[int] | type[float] = int, at_most: float = math.inf) -> Callable[[str], float]:
+    """For argparse's `type`: takes finite numbers from `least` to `at_most`."""
 
     def parse(text: str):
         value = number(text)
@@ -88,18 +112,44 @@ def at_least(least: float, number: type[int] | type[float] = int) -> Callable[[s
             raise argparse.ArgumentTypeError(f"must be finite, not {text}")
         if not value >= least:
             raise argparse.ArgumentTypeError(f"must be at least {least}, not {text}")
+        if value > at_most:
+            raise argparse.ArgumentTypeError(f"must be at most {at_most}, not {text}")
         return value
 
     parse.__name__ = number.__name__  # argparse names it where the text is no number
     return parse
 
 
+def check_number(flag: str, value: float, least: float, too_large: float = math.inf) -> None:
+    """Raises `InputError` unless `least <= value < too_large`."""
+    if not least <= value < too_large:
+        limit = "" if too_large == math.inf else f" and less than {too_large}"
+        raise InputError(f"{flag} must be at least {least}{limit}, not {value}")
+
+
+def check_hours(hours: float | None) -> None:
+    """Raises `InputError` for a `--max_run_hours` that cannot be."""
+    if hours is not None and not hours > 0:
+        raise InputError(f"--max_run_hours must be positive, not {hours}")
+
+
+class _Loader(yaml.SafeLoader):
+    """Makes plain values only, and refuses aliases: a few lines of them stand for more than memory holds."""
+
+    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
+        if self.check_event(yaml.AliasEvent):
+            raise yaml.YAMLError(f"it has the alias *{self.peek_event().anchor}; write out what it stands for")
+        return super().compose_node(parent, index)
+
+
 def _read_yaml(path: Path) -> dict[str, Any]:
     try:
-        values = yaml.safe_load(path.read_text())
+        values = yaml.load(read_bytes(path, _MAX_YAML), _Loader)
     except OSError as error:
         raise InputError(f"cannot read the configuration file {path}: {error.strerror}") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except RecursionError:
+        raise InputError(f"the configuration file {path} is nested too deeply") from None
+    except (yaml.YAMLError, ValueError) as error:  # numbers and dates that cannot be are a ValueError
         raise InputError(f"the configuration file {path} is not YAML: {' '.join(str(error).split())}") from None
     if values is None:
         return {}

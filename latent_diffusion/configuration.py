@@ -1,15 +1,19 @@
 """What every backbone's configuration has: the keys all share, the checks, reading and writing JSON."""
 
 import dataclasses
-import json
+import math
 from dataclasses import dataclass
 from pathlib import Path
 
 from .errors import InputError
 from .files import write_json
+from .reading import read_json
 
 # The VAE of Stable Diffusion, whose latents both systems train on, halves the image three times.
 VAE_DOWNSAMPLING = 8
+
+# Of a latent: images of 8192 pixels a side. Positions are computed for all of it, whatever the weights are.
+_MAX_SAMPLE_SIZE = 1024
 
 
 def check_image_size(size: int) -> None:
@@ -48,8 +52,12 @@ class ModelConfig:
                 raise InputError(
                     f"the configuration key {field.name} must be of type {field.type.__name__}, not {value!r}"
                 )
+            if field.type is float and not math.isfinite(getattr(self, field.name)):
+                raise InputError(f"the configuration key {field.name} must be finite, not {value}")
             if field.type is int and value < 1:
                 raise InputError(f"the configuration key {field.name} must be at least 1, not {value}")
+        if self.sample_size > _MAX_SAMPLE_SIZE:
+            raise InputError(f"sample_size {self.sample_size} is more than {_MAX_SAMPLE_SIZE}")
         if self.sample_size % self.patch_size:
             raise InputError(f"sample_size {self.sample_size} is not a multiple of patch_size {self.patch_size}")
 
@@ -72,6 +80,12 @@ class ModelConfig:
     def resolution(self) -> int:
         """Side of the image, in pixels."""
         return self.sample_size * VAE_DOWNSAMPLING
+
+    @property
+    def least_weights(self) -> float:
+        """Numbers that the weights of such a network have at least: for a check before memory is taken for it."""
+        block = 4 * self.hidden_size**2
+        return self.num_layers * block + self.hidden_size * (self.side**2 + self.in_channels * self.patch_size**2)
 
     def to_dict(self) -> dict:
         """The configuration as plain values, as `from_dict` takes it."""
@@ -110,9 +124,9 @@ class ModelConfig:
             InputError: the file is missing, is no JSON or no configuration of this kind.
         """
         try:
-            values = json.loads(Path(path).read_text())
+            values = read_json(Path(path))
         except OSError as error:
             raise InputError(f"cannot read the configuration file {path}: {error.strerror}") from None
-        except (ValueError, RecursionError) as error:
+        except ValueError as error:
             raise InputError(f"the configuration file {path} is not JSON: {error}") from None
         return cls.from_dict(values, source=str(path))

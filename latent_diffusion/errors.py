@@ -1,19 +1,38 @@
-"""The one kind of error that is the user's to mend, and how a command reports it."""
+"""The errors that are the user's to mend, and how a command reports them."""
 
 import atexit
 import contextlib
+import errno
 import functools
 import os
 import sys
-from collections.abc import Callable
-from typing import NoReturn
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import NoReturn, TextIO
 
 # Shared libraries that slim images lack, and the Debian/Ubuntu package of each.
 SYSTEM_PACKAGES = {"libgomp.so.1": "libgomp1", "libGL.so.1": "libgl1", "libgthread-2.0.so.0": "libglib2.0-0"}
 
+# What the system says of a disk or a mount that fails, and what to do then.
+DISK_ADVICE = {
+    errno.ENOSPC: "free space there",
+    errno.EDQUOT: "free space there or raise the quota",
+    errno.EFBIG: "raise the limit of file sizes (ulimit -f)",
+    errno.EROFS: "make the file system writable or choose another folder",
+    errno.EIO: "check the disk",
+    errno.ESTALE: "mount the file system again",
+    errno.ENOTCONN: "mount the file system again",
+}
+
 
 class InputError(ValueError):
-    """Bad input: the message is one sentence that names the file, flag or value and says what to do."""
+    """Bad input: the message is one sentence that names the file, flag or value and says what to do.
+
+    Names of files may hold line breaks, or bytes that are no text: these are shown as escapes.
+    """
+
+    def __init__(self, message: object):
+        super().__init__("".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in str(message)))
 
 
 class NotFiniteError(InputError):
@@ -21,7 +40,7 @@ class NotFiniteError(InputError):
 
 
 @contextlib.contextmanager
-def naming_missing_libraries():
+def naming_missing_libraries() -> Iterator[None]:
     """Turns the import error of a missing shared library into an `InputError` that names its package."""
     try:
         yield
@@ -35,11 +54,22 @@ def naming_missing_libraries():
         raise
 
 
+@contextlib.contextmanager
+def naming_file(path: Path | str) -> Iterator[None]:
+    """Around what writes a file or folder: an `OSError` gets its name, which the system does not say of a write."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno is not None:
+            error.filename = error.filename or str(path)
+        raise
+
+
 def command(main: Callable[..., None]) -> Callable[..., None]:
     """Wraps an entry point so that an `InputError` ends it with one line on stderr and exit status 1.
 
-    Any other exception keeps its traceback: that is a bug. A process of a launched run ends with what Python has to do
-    at its exit: see `_leave`.
+    So does an `OSError` of a full or failing disk. Any other exception keeps its traceback: that is a bug. A process of
+    a launched run ends with what Python has to do at its exit: see `_leave`.
     """
 
     @functools.wraps(main)
@@ -47,16 +77,46 @@ def command(main: Callable[..., None]) -> Callable[..., None]:
         try:
             with naming_missing_libraries():
                 main(*args, **kwargs)
+            with naming_file("the standard output"):
+                sys.stdout.flush()
         except InputError as error:
-            print(f"error: {error}", file=sys.stderr, flush=True)
-            sys.exit(1)
+            _end(f"error: {error}", 1)
+        except OSError as error:
+            if error.errno not in DISK_ADVICE:
+                raise
+            _end(f"error: {_disk_sentence(error)}", 1)
         except KeyboardInterrupt:
-            print("interrupted", file=sys.stderr, flush=True)
-            sys.exit(130)
+            _end("interrupted", 130)
         if "PADDLE_TRAINER_ID" in os.environ:
             _leave()
 
     return run
+
+
+def _disk_sentence(error: OSError) -> str:
+    where = f" at {error.filename}" if error.filename else ""
+    return (
+        f"the system says {error.strerror!r}{where}; {DISK_ADVICE[error.errno]}, then run the same command again: "
+        "files that are complete stay"
+    )
+
+
+def _end(line: str, status: int) -> NoReturn:
+    with contextlib.suppress(OSError):
+        print(line, file=sys.stderr, flush=True)
+    for stream in (sys.stdout, sys.stderr):
+        _drop_unwritten(stream)
+    sys.exit(status)
+
+
+def _drop_unwritten(stream: TextIO) -> None:
+    """Lets go of what cannot be written: Python would try again at its end and exit with a status of its own."""
+    try:
+        stream.flush()
+    except OSError:
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, stream.fileno())
+        os.close(nowhere)
 
 
 def _leave() -> NoReturn:

@@ -6,13 +6,15 @@ results/000-DiT-XL-2/
 
 import json
 import re
+import sys
 from pathlib import Path
 from typing import Literal
 
 from . import checkpoint
 from .errors import InputError
 from .evaluation.training import Evaluation
-from .progress import training_line, write_line
+from .files import replace_file
+from .progress import LossyStream, training_line, write_line
 
 _NAME = re.compile(r"(\d{3,})-(.+)")
 
@@ -45,15 +47,20 @@ def find_checkpoint(results_dir: Path, name: str, resume: Path | Literal[True]) 
         InputError: there is none.
     """
     if resume is not True:
-        found = resume if (resume / checkpoint.TRAINER_STATE).is_file() else checkpoint.newest_checkpoint(resume)
+        if checkpoint.is_checkpoint(resume):
+            checkpoint.verify(resume)
+            return resume
+        found = checkpoint.newest_checkpoint(resume, checkpoint.verify)
         if found is None:
             raise InputError(f"--resume {resume} is neither a complete checkpoint folder nor an experiment with one")
         return found
     experiments = sorted(_numbered(results_dir), reverse=True) if results_dir.is_dir() else []
     for _, folder in experiments:
-        found = checkpoint.newest_checkpoint(folder)
-        if found and _NAME.fullmatch(folder.name)[2] == name:
+        if _NAME.fullmatch(folder.name)[2] != name:
+            continue
+        if found := checkpoint.newest_checkpoint(folder, checkpoint.verify):
             return found
+        print(f"note: passed over {folder}, which has no checkpoint", file=sys.stderr)
     raise InputError(f"--resume found no experiment of {name} with a checkpoint in {results_dir}")
 
 
@@ -65,6 +72,8 @@ def _numbered(results_dir: Path) -> list[tuple[int, Path]]:
 class Log:
     """Lines to the terminal and `log.txt`, curves to VisualDL; for one process of a run.
 
+    What a full or failing disk does not take is lost, and the run goes on.
+
     Args:
         folder: the experiment folder.
         arguments: the flags, which are kept beside the log.
@@ -75,10 +84,15 @@ class Log:
         # It takes a second to import.
         from visualdl import LogWriter
 
-        self._file = (folder / "log.txt").open("a", buffering=1)
+        from . import curves
+
+        curves.outlive_failing_disk()
+        path = folder / "log.txt"
+        self._file = LossyStream(path.open("a", buffering=1), str(path))
         self._curves = LogWriter(str(folder / "runs"))
         name = f"arguments-{first}.json" if first else "arguments.json"
-        (folder / name).write_text(json.dumps(arguments, indent=2, default=str) + "\n")
+        text = json.dumps(arguments, indent=2, default=str) + "\n"
+        replace_file(folder / name, lambda path: path.write_text(text))
 
     def close(self) -> None:
         """Writes what is still in memory."""

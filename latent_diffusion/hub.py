@@ -1,11 +1,11 @@
 """Folders of pretrained models: by path, or by name on the hub that ppdiffusers downloads from."""
 
-import json
 import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from . import reading
 from .errors import InputError
 from .runtime import import_paddlenlp
 
@@ -67,10 +67,10 @@ def read_json(path: Path) -> dict:
         InputError: the file cannot be read or holds something else.
     """
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = reading.read_json(path)
     except OSError as error:
         raise InputError(f"{path} cannot be read: {error.strerror}") from None
-    except (ValueError, RecursionError) as error:
+    except ValueError as error:
         raise InputError(f"{path} is not JSON: {error}") from None
     if not isinstance(content, dict):
         raise InputError(f"{path} holds no JSON object")

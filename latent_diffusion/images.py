@@ -1,7 +1,8 @@
 """Images in and out: reading and cropping as ADM or U-ViT does, and grids to look at."""
 
+import contextlib
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import BinaryIO
 
@@ -9,9 +10,17 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageOps, UnidentifiedImageError
 
 from .errors import InputError
+from .reading import naming_errors, open_regular
 
 # torchvision's, and .jpe.
 EXTENSIONS = (".jpg", ".jpeg", ".jpe", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
+
+# What Pillow may take an image for, whatever its name says. Its other readers are older and less tried, and that of
+# PostScript starts Ghostscript.
+FORMATS = ("JPEG", "PNG", "PPM", "BMP", "TIFF", "WEBP")
+
+# Pixels of an image: above them Pillow warns. As RGB they take 268 MB.
+MAX_PIXELS = 1024**3 // 12
 
 # Pixels of a line in Pillow's default font.
 LINE_HEIGHT = 11
@@ -28,9 +37,10 @@ def list_image_folder(root: Path) -> tuple[list[Path], list[int], list[str]]:
     Raises:
         InputError: no such folder, no class folders, or a class without images.
     """
-    if not root.is_dir():
-        raise InputError(f"the image folder {root} does not exist; it must hold one folder a class")
-    classes = sorted(entry.name for entry in root.iterdir() if entry.is_dir())
+    with naming_errors(root):
+        if not root.is_dir():
+            raise InputError(f"the image folder {root} does not exist; it must hold one folder a class")
+        classes = sorted(entry.name for entry in root.iterdir() if entry.is_dir())
     if not classes:
         raise InputError(f"the image folder {root} holds no class folders")
     paths, labels = [], []
@@ -44,17 +54,30 @@ def list_image_folder(root: Path) -> tuple[list[Path], list[int], list[str]]:
 
 
 def images_below(folder: Path) -> list[Path]:
-    """Images in a folder at any depth, by folder and then by name; links to folders are followed, unless in circles."""
-    found = []
-    for parent, folders, names in os.walk(folder, followlinks=True):
-        folders[:] = [name for name in folders if not _leads_back(Path(parent, name))]
-        found.append((parent, sorted(name for name in names if name.lower().endswith(EXTENSIONS))))
-    return [Path(parent, name) for parent, names in sorted(found) for name in names]
+    """Images in a folder at any depth, by folder and then by name; links to folders are followed, unless in circles.
+
+    Raises:
+        InputError: a folder cannot be listed.
+    """
+    return [Path(parent, name) for parent, names in sorted(_walk(str(folder), ())) for name in names]
 
 
-def _leads_back(path: Path) -> bool:
-    """Whether a folder is a link to one that it lies in."""
-    return path.is_symlink() and path.parent.resolve().is_relative_to(path.resolve())
+def _walk(folder: str, above: tuple[tuple[int, int], ...]) -> Iterator[tuple[str, list[str]]]:
+    """Each folder from `folder` on with its images, sorted; `above` identifies those that it was reached through."""
+    try:
+        status = os.stat(folder)  # noqa: PTH116
+        path = (*above, (status.st_dev, status.st_ino))
+        if path[-1] in above:
+            return
+        with os.scandir(folder) as entries:
+            folders, names = [], []
+            for entry in entries:
+                (folders if entry.is_dir() else names).append(entry.name)
+    except OSError as error:
+        raise InputError(f"cannot list the images of {error.filename or folder}: {error.strerror}") from None
+    yield folder, sorted(name for name in names if name.lower().endswith(EXTENSIONS))
+    for name in folders:
+        yield from _walk(os.path.join(folder, name), path)  # noqa: PTH118
 
 
 def center_crop(image: Image.Image, size: int) -> np.ndarray:
@@ -92,13 +115,30 @@ def read_image(path: Path, size: int, crop: Crop = center_crop) -> np.ndarray:
 def decode_image(source: Path | BinaryIO, size: int, name: str, crop: Crop = center_crop) -> np.ndarray:
     """As `read_image`, of a file or an open one; `name` says in an error which image is meant."""
     try:
-        with Image.open(source) as image:
+        with open_image(source) as image:
             return crop(_as_rgb(image), size)
-    except UnidentifiedImageError:
-        # Pillow's message names the Python object that was read.
-        raise InputError(f"cannot read the image {name}: it is damaged or of an unknown format") from None
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise InputError(f"cannot read the image {name}: {error}") from None
+    except Exception as error:  # a damaged file can make Pillow raise anything
+        raise InputError(f"cannot read the image {name}: {' '.join(str(error).split())}") from None
+
+
+@contextlib.contextmanager
+def open_image(source: Path | BinaryIO) -> Iterator[Image.Image]:
+    """An image of one of `FORMATS`, which is decoded when its pixels are asked for.
+
+    Raises:
+        OSError: it is no regular file, or no image of these formats.
+        ValueError: it has more than `MAX_PIXELS`.
+    """
+    with contextlib.ExitStack() as stack:
+        file = stack.enter_context(open_regular(source)) if isinstance(source, Path) else source
+        try:
+            image = stack.enter_context(Image.open(file, formats=FORMATS))
+        except UnidentifiedImageError:
+            # Pillow's message names the Python object that was read.
+            raise OSError(f"it is damaged or none of {', '.join(FORMATS)}") from None
+        if image.width * image.height > MAX_PIXELS:
+            raise ValueError(f"it has {image.width}x{image.height} pixels, more than the {MAX_PIXELS} that are read")
+        yield image
 
 
 def _as_rgb(image: Image.Image) -> Image.Image:

@@ -23,6 +23,7 @@ class Meter:
     def start(self) -> None:
         """Forgets what was added; the clock runs from here, or stays paused."""
         self._sums: dict[str, paddle.Tensor] = {}
+        self._pending: list[dict[str, paddle.Tensor]] = []
         self._batches = self._timed_batches = 0
         self._seconds = 0.0
         self._since = time.perf_counter()
@@ -50,16 +51,22 @@ class Meter:
 
     def add(self, terms: dict[str, paddle.Tensor]) -> None:
         """Adds the mean loss terms, scalars, of one micro-batch. They stay on the device: nothing waits for them."""
-        for name, value in terms.items():
-            self._sums[name] = self._sums.get(name, 0.0) + value.detach()
-        self._batches += 1
+        self._pending.append({name: value.detach() for name, value in terms.items()})
         self._timed_batches += not self._is_paused
+
+    def end_step(self, made: bool = True) -> None:
+        """Ends a step; the losses of one that was left out do not count, its time does."""
+        for terms in self._pending if made else []:
+            for name, value in terms.items():
+                self._sums[name] = self._sums.get(name, 0.0) + value
+            self._batches += 1
+        self._pending.clear()
 
     def read(self) -> dict[str, float]:
         """Means of the terms, "samples_per_second" and "steps_per_second" since the last reading.
 
-        There are no rates where all micro-batches came while the clock was paused. All processes call it together,
-        after at least one micro-batch.
+        There are no rates where all micro-batches came while the clock was paused, and no means where all steps were
+        left out. All processes call it together, after at least one step.
         """
         means = self._means()
         steps, seconds = self._timed_batches / self.batches_per_step, self._elapsed()
@@ -73,6 +80,8 @@ class Meter:
 
     def _means(self) -> dict[str, float]:
         names = sorted(self._sums)
+        if not names:
+            return {}
         sums = paddle.stack([self._sums[name].astype("float32") for name in names])
         world_size = paddle.distributed.get_world_size()
         if world_size > 1:

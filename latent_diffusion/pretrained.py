@@ -1,7 +1,6 @@
 """Finding trained weights, wherever they lie, and the configuration that describes them."""
 
 import hashlib
-import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +11,7 @@ import paddle
 from . import checkpoint
 from .configuration import ModelConfig
 from .errors import InputError
+from .reading import read_json
 from .weights import read_config
 
 # In every pipeline folder of (pp)diffusers.
@@ -25,6 +25,9 @@ COMPONENT_WEIGHTS = (
     "diffusion_paddle_model.safetensors",
     "model_state.pdparams",
 )
+
+# Networks up to this size are built to see what fits: they take a few megabytes and seconds.
+_FEW_NUMBERS, _FEW_LAYERS = 10**6, 100
 
 # A prefix that PyTorch's data parallelism leaves on every name.
 _PARALLEL_PREFIX = "module."
@@ -52,10 +55,33 @@ class Pretrained:
         Raises:
             InputError: they are not those of the configuration.
         """
+        try:
+            check_size(self.weights, self.config.least_weights, self.config.num_layers)
+        except ValueError as error:
+            raise InputError(f"{self.source}: {error}") from None
         model = self.backbone(self.config)
         checkpoint.set_weights(model, self.weights, self.source)
         model.eval()
         return model
+
+
+def check_size(weights: dict[str, np.ndarray], numbers: float, layers: int) -> None:
+    """Before a network is built: a few bytes of configuration can describe one that no memory holds.
+
+    Args:
+        weights: that it is to be given.
+        numbers: how many its weights have at least, by its configuration.
+        layers: how many it has, each with weights of its own.
+
+    Raises:
+        ValueError: the weights are far fewer. Where a few are missing, `set_weights` names them.
+    """
+    count = sum(value.size for value in weights.values())
+    if numbers > max(count, _FEW_NUMBERS) or layers > max(len(weights), _FEW_LAYERS):
+        raise ValueError(
+            f"the configuration is of {layers:.3g} layers and at least {numbers:.3g} numbers, but the weights are "
+            f"{len(weights)} arrays of {count} numbers: they do not belong together"
+        )
 
 
 def find_weights(source: Path, use_ema: bool, component: str) -> Path:
@@ -94,13 +120,13 @@ def _find_component(folder: Path, component: str) -> Path | None:
 def _names_a_class(config_file: Path) -> bool:
     """Whether it is the configuration of a (pp)diffusers model; a checkpoint's own names no class."""
     try:
-        return "_class_name" in json.loads(config_file.read_text())
+        return "_class_name" in read_json(config_file)
     except (OSError, ValueError, TypeError):
         return False  # what is wrong with it is said when it is read
 
 
 def _find_checkpoint(folder: Path, use_ema: bool) -> Path:
-    newest = checkpoint.newest_checkpoint(folder) or folder
+    newest = checkpoint.newest_checkpoint(folder, checkpoint.check_weights_file) or folder
     path = newest / (checkpoint.EMA_MODEL if use_ema else checkpoint.MODEL)
     if not path.is_file():
         hint = "; --use_ema False takes the raw weights" if use_ema and (newest / checkpoint.MODEL).is_file() else ""

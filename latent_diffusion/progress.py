@@ -1,6 +1,8 @@
 """Progress of long work: a bar on a terminal, plain lines elsewhere, both with rate and remaining time."""
 
 import sys
+from collections.abc import Callable
+from typing import TextIO
 
 from tqdm import tqdm
 
@@ -20,6 +22,45 @@ def training_line(step: int, steps: int, logs: dict[str, float]) -> str:
     if rate := logs.get("steps_per_second"):
         line += f", remaining {tqdm.format_interval((steps - step) / rate)}"
     return line
+
+
+class LossyStream:
+    """Passes text on to a stream; what cannot be written is lost, which is said once on stderr.
+
+    Args:
+        stream: takes the text.
+        name: of the stream.
+    """
+
+    def __init__(self, stream: TextIO, name: str):
+        self._stream, self._name, self._has_warned = stream, name, False
+
+    def __getattr__(self, name: str):
+        return getattr(self._stream, name)
+
+    def write(self, text: str) -> int:
+        self._attempt(lambda: self._stream.write(text))
+        return len(text)
+
+    def flush(self) -> None:
+        self._attempt(self._stream.flush)
+
+    def close(self) -> None:
+        self._attempt(self._stream.close)
+
+    def _attempt(self, act: Callable[[], object]) -> None:
+        try:
+            act()
+        except OSError as error:
+            if not self._has_warned:
+                self._has_warned = True
+                print(f"warning: lines of {self._name} are being lost: {error.strerror}", file=sys.stderr, flush=True)
+
+
+def outlive_lost_lines() -> None:
+    """From now on the process goes on where its standard streams cannot be written: a log is not worth a long run."""
+    sys.stdout = LossyStream(sys.stdout, "the standard output")
+    sys.stderr = LossyStream(sys.stderr, "the standard error")
 
 
 def write_line(text: str) -> None:

@@ -20,10 +20,15 @@ import numpy as np
 
 from .errors import InputError
 from .files import replace_file, write_json
+from .reading import parse_json, read_bytes
 
 LATENTS, MOMENTS, CONTEXTS = "latents", "moments", "contexts"
 
-_BLOCK = 1 << 22
+# Those of VAEs are between 0.1 and 10; beyond these a float32 latent could vanish or become infinite.
+_MIN_SCALE, _MAX_SCALE = 1e-6, 1e6
+
+# Of a manifest, which lists the names of all images that were skipped.
+_MAX_MANIFEST = 1 << 28
 
 
 def is_count(value: object) -> bool:
@@ -118,7 +123,7 @@ class ImageContents(Contents):
         "content": lambda value: value in (LATENTS, MOMENTS),
         "record_shape": lambda value: Contents.VALID["record_shape"](value) and value[0] <= 2,
         "resolution": is_count,
-        "scaling_factor": lambda value: type(value) in (int, float) and 0 < value < math.inf,
+        "scaling_factor": lambda value: type(value) in (int, float) and _MIN_SCALE <= value <= _MAX_SCALE,
         "vae": _is_text,
         "crop": _is_text,
         "seed": lambda value: value is None or type(value) is int,
@@ -223,7 +228,7 @@ class RecordReader(ABC):
 def read_manifest(path: Path) -> dict[str, Any]:
     """Reads a manifest; `InputError` if it is no JSON object."""
     try:
-        values = json.loads(path.read_text())
+        values = parse_json(read_bytes(path, _MAX_MANIFEST))
     except OSError as error:
         raise InputError(f"cannot read {path}: {error.strerror}") from None
     except ValueError:
@@ -239,6 +244,27 @@ def skipped_images(manifest: dict[str, Any], path: Path) -> list[str]:
     if not isinstance(skipped, list) or not all(isinstance(image, str) for image in skipped):
         raise InputError(f"{path} lists no skipped images: the extraction is not complete; run the same command again")
     return skipped
+
+
+def check_complete(path: Path, name: str, found: int) -> None:
+    """Compares the number of files beside a manifest with what it says, where there is one; some may have been added.
+
+    Args:
+        path: of the manifest.
+        name: of what is counted: "images" or "captions".
+        found: how many there are.
+
+    Raises:
+        InputError: the manifest is damaged or not complete, or says that there are more.
+    """
+    if not os.path.lexists(path):
+        return
+    values = read_manifest(path)
+    skipped_images(values, path)
+    if not is_count(values.get(name)):
+        raise InputError(f"{path} has {values.get(name)!r} for {name!r}, which cannot be; it is damaged")
+    if found < values[name]:
+        raise InputError(f"{path} says there are {values[name]} {name}, but there are {found}; restore the others")
 
 
 def write_manifest(path: Path, values: dict[str, Any]) -> None:
@@ -268,12 +294,3 @@ def claim_manifest(path: Path, values: dict[str, Any]) -> None:
 def image_list_sha256(paths: Iterable[Path]) -> str:
     """SHA-256, in hexadecimal, of the paths of images below their folder, in their order, each ended by a zero byte."""
     return hashlib.sha256(b"".join(os.fsencode(path) + b"\0" for path in paths)).hexdigest()
-
-
-def file_sha256(path: Path) -> str:
-    """SHA-256 of a file, in hexadecimal."""
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(_BLOCK):
-            digest.update(block)
-    return digest.hexdigest()

@@ -18,6 +18,7 @@ from pathlib import Path
 
 from .errors import naming_missing_libraries
 from .native import library
+from .stopping import follow_launcher
 
 # glibc's mallopt parameters, from malloc.h.
 M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_MAX = -1, -2, -4
@@ -29,9 +30,12 @@ CPU_QUOTA = Path("/sys/fs/cgroup/cpu.max")
 def start() -> str:
     """Applies the settings, imports Paddle and returns one line that names what was set.
 
+    A process of a launched run ends with its launcher from here on.
+
     Raises:
         InputError: a shared library that Paddle needs is not installed; the message names its package.
     """
+    follow_launcher()
     line = _tune()
     with _without_garbage_collection(), _without_import_notices(), naming_missing_libraries():
         import paddle  # noqa: F401

@@ -15,7 +15,8 @@ import numpy as np
 from PIL import Image
 
 from .errors import InputError
-from .files import replace_file
+from .files import preparing_folder, replace_file
+from .images import open_image
 from .settings import claim_folder
 
 # Seconds between two looks at what the other processes have written.
@@ -41,8 +42,9 @@ class SampleFolder:
                 cannot be written.
         """
         claim_folder(self.path, settings, "--sample-dir")
-        for path in self.path.glob(".*.tmp"):
-            path.unlink()  # what an interrupted run was writing
+        with preparing_folder(self.path):
+            for path in self.path.glob(".*.tmp"):
+                path.unlink()  # what an interrupted run was writing
         wanted = {self._file(index).name for index in range(self.count)}
         if others := sorted({path.name for path in self.path.glob("*.png")} - wanted):
             raise InputError(
@@ -96,9 +98,9 @@ class SampleFolder:
 
     def _read(self, index: int) -> np.ndarray:
         try:
-            with Image.open(self._file(index)) as image:
+            with open_image(self._file(index)) as image:
                 return np.asarray(image.convert("RGB"))
-        except (OSError, SyntaxError, ValueError) as error:
+        except Exception as error:  # a damaged file can make Pillow raise anything
             raise InputError(f"cannot read {self._file(index)}: {error}; remove it and run again") from None
 
     def _file(self, index: int) -> Path:

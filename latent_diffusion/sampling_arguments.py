@@ -5,7 +5,7 @@ import os
 import sys
 from pathlib import Path
 
-from .command_line import ArgumentParser, at_least
+from .command_line import MOST_SAMPLES, ArgumentParser, at_least
 from .guidance import ALL_STEPS
 
 AMP_DTYPES = {"fp32": None, "fp16": "float16", "bf16": "bfloat16"}
@@ -54,7 +54,12 @@ def add_many_samples_arguments(parser: ArgumentParser) -> None:
     """Adds the flags of sampling many images into a folder, without that of their number."""
     add = parser.add_argument
     add("--sample-dir", type=Path, default=Path("samples"), help="where the folder of this run is made")
-    add("--per-proc-batch-size", type=at_least(1), default=32, help="images that a process samples at a time")
+    add(
+        "--per-proc-batch-size",
+        type=at_least(1, at_most=MOST_SAMPLES),
+        default=32,
+        help="images that a process samples at a time",
+    )
     add("--tf32", action=argparse.BooleanOptionalAction, default=True, help="let a GPU multiply in TF32")
 
 

@@ -10,7 +10,9 @@ import paddle
 
 from .checkpoint import set_weights
 from .errors import InputError
+from .files import read_lines
 from .hub import existing_file, local_folder, read_json
+from .pretrained import check_size
 from .runtime import import_paddlenlp
 from .weights import read_weights, transpose_linear
 
@@ -63,6 +65,9 @@ _TOKENIZER_FILES = (
     "merges.txt",
     ("vocab.json", "vocab.txt"),
 )
+# The same without their order, and a file that makes code.
+_READ_BY_PADDLENLP = {*_TOKENIZER_FILES[:-1], *_TOKENIZER_FILES[-1]}
+_TEMPLATE = "chat_template.json"
 
 
 @dataclass(frozen=True, eq=False)
@@ -149,11 +154,16 @@ def load_text_encoder(name_or_path: str):
     file = existing_file(folder, CLIP_WEIGHT_FILES, _MODEL)
     config = read_json(source)
     try:
+        settings = CLIPTextConfig(**text_settings(config))
+        weights = read_clip_weights(file, settings.intermediate_size, _OTHER_PARTS)
+        check_size(weights, least_weights(settings), settings.num_hidden_layers)
         with no_init_weights():  # which takes two of three seconds, and all weights are set below
-            model = CLIPTextModel(CLIPTextConfig(**text_settings(config)))
+            model = CLIPTextModel(settings)
+    except InputError:
+        raise
     except Exception as error:  # a wrong value can make its layers raise anything
-        raise InputError(f"{source} does not describe a CLIP text encoder: {error}") from error
-    set_weights(model, read_clip_weights(file, model.config.intermediate_size, _OTHER_PARTS), file)
+        raise InputError(f"{source} does not describe a CLIP text encoder: {' '.join(str(error).split())}") from error
+    set_weights(model, weights, file)
     model.eval()
     return model
 
@@ -167,6 +177,14 @@ def text_settings(config: dict) -> dict:
     if settings:
         settings["intermediate_size"] = 4 * settings["hidden_size"]
     return settings | {key: config[key] for key in _CONFIG_KEYS if key in config}
+
+
+def least_weights(settings: Any) -> float:
+    """Numbers that the weights of a transformer of CLIP, of text or of images, have at least, by its configuration."""
+    width, hidden = abs(settings.hidden_size), abs(settings.intermediate_size)
+    rows = sum(abs(getattr(settings, key, 0)) for key in ("vocab_size", "max_position_embeddings"))
+    positions = (getattr(settings, "image_size", 0) // getattr(settings, "patch_size", 1)) ** 2
+    return width * (abs(settings.num_hidden_layers) * (4 * width + 2 * hidden) + rows + positions)
 
 
 def read_clip_weights(file: Path, intermediate_size: int, left_out: tuple[str, ...]) -> dict[str, np.ndarray]:
@@ -229,6 +247,7 @@ def load_tokenizer(name_or_path: str, max_length: int):
     from ppdiffusers import transformers
 
     folder = local_folder(name_or_path, _TOKENIZER_FILES, _TOKENIZER)
+    _check_tokenizer_files(folder)
     name = _tokenizer_class(folder)
     vocabulary = {
         argument: str(existing_file(folder, (file,), _TOKENIZER)) for argument, file in _VOCABULARIES[name].items()
@@ -240,7 +259,18 @@ def load_tokenizer(name_or_path: str, max_length: int):
             str(folder.absolute()), **vocabulary, model_max_length=max_length, chat_template=None
         )
     except Exception as error:  # a wrong value can make it raise anything
-        raise InputError(f"the tokenizer folder {folder} holds no working {name}: {error}") from error
+        raise InputError(
+            f"the tokenizer folder {folder} holds no working {name}: {' '.join(str(error).split())}"
+        ) from error
+
+
+def _check_tokenizer_files(folder: Path) -> None:
+    """PaddleNLP reads whatever lies there under these names, and compiles the template."""
+    if (template := folder / _TEMPLATE).exists():
+        raise InputError(f"{template} is a template of chats, which would be compiled; remove it")
+    for file in folder.iterdir():
+        if file.name in _READ_BY_PADDLENLP:
+            read_json(file) if file.suffix == ".json" else read_lines(file)
 
 
 def check_vocabulary(tokenizer: Any, tokenizer_name: str, vocab_size: int, model_name: str) -> None:

@@ -1,5 +1,6 @@
 """PaddleNLP's Trainer for latent diffusion: what the trainers of all systems share."""
 
+import contextlib
 import math
 import sys
 from abc import abstractmethod
@@ -11,26 +12,38 @@ import paddle
 from paddlenlp.trainer import PrinterCallback, Trainer, set_seed
 from paddlenlp.trainer import ProgressCallback as PaddleNLPProgressCallback
 from paddlenlp.trainer.integrations import VisualDLCallback
+from paddlenlp.trainer.trainer_callback import TrainerState
 from paddlenlp.trainer.trainer_utils import ShardingOption
 
 from . import checkpoint, precision
 from .callbacks import (
-    EMACallback,
     EvaluationCallback,
-    GradientNormCallback,
     ImageLoggingCallback,
     ProfilingCallback,
     ProgressCallback,
+    StartCallback,
+    StepCallback,
 )
 from .ema import EMA
 from .errors import InputError
 from .evaluation.training import SampleMaker, TrainingEvaluation, open_evaluation
-from .features import FeatureStore, StreamBatchSampler, TrainingLoader, TrainingStream
+from .features import FeatureStore, TrainingStream
+from .files import locked_folder
+from .loader import StreamBatchSampler, TrainingLoader
 from .meter import Meter
 from .objectives import Denoiser, Objective
 from .progress import write_line
-from .training_arguments import SuiteArguments, SuiteTrainingArguments
-from .weights import read_paddle, write_paddle
+from .reading import read_json
+from .step_guard import AGREEMENT_STEPS, StepGuard
+from .stopping import StopRequest
+from .training_arguments import SuiteArguments, SuiteTrainingArguments, check_warmup
+from .weights import write_paddle
+
+# Bytes of what PaddleNLP keeps of a run: all it has logged.
+_MAX_STATE = 1 << 30
+
+# What a message about a run that has diverged ends with.
+ADVICE = "try a lower --learning_rate or --max_grad_norm 1"
 
 
 class LatentDiffusionTrainer(Trainer):
@@ -44,10 +57,13 @@ class LatentDiffusionTrainer(Trainer):
         objective: makes the loss.
         store: the features.
         ema: average of the weights to keep, or None.
-        args: PaddleNLP's training arguments.
+        args: PaddleNLP's training arguments, with those of `SuiteTrainingArguments`.
+        stop: asks for an end before the last step.
     """
 
-    def __init__(self, model, objective: Objective, store: FeatureStore, ema: EMA | None, args):
+    def __init__(
+        self, model, objective: Objective, store: FeatureStore, ema: EMA | None, args, stop: StopRequest | None = None
+    ):
         if ema is not None and ShardingOption.FULL_SHARD in args.sharding:
             raise InputError(
                 "--sharding stage3 keeps no whole weights to average; use stage1 or stage2, or --use_ema False"
@@ -55,16 +71,29 @@ class LatentDiffusionTrainer(Trainer):
         samples_per_step = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.dataset_world_size
         if args.max_steps <= 0:
             args.max_steps = math.ceil(len(store) * args.num_train_epochs / samples_per_step)
+        check_warmup(args)
         super().__init__(model=model, args=args, train_dataset=TrainingStream(store, objective, args.seed))
         self.objective, self.store, self.ema = objective, store, ema
+        self._stop = stop or StopRequest()
         self._evaluation: TrainingEvaluation | None = None
         self._resumed_step = self._saved_step = 0
         self._meter = Meter(samples_per_step, args.gradient_accumulation_steps)
-        self._gradient_norm = GradientNormCallback()
         for callback in (PrinterCallback, PaddleNLPProgressCallback):
             self.remove_callback(callback)
-        for callback in (*([EMACallback(ema)] if ema else []), self._gradient_norm, ProgressCallback()):
-            self.add_callback(callback)
+        self._guard = StepGuard(
+            self.model,
+            self.train_dataset,
+            self._sampler(),
+            self.args.on_nonfinite,
+            self._stop,
+            self._say,
+            f"checkpoints in {self.args.output_dir} are intact; {ADVICE}",
+            # No process has whole weights between the steps of stage3.
+            None if ShardingOption.FULL_SHARD in args.sharding else AGREEMENT_STEPS,
+        )
+        self._step = StepCallback(self._guard, self._meter, self.ema)
+        self.add_callback(self._step)
+        self.add_callback(ProgressCallback())
 
     def log_images(self, draw: Callable[[paddle.nn.Layer], dict[str, np.ndarray]], every: int) -> None:
         """Sends what `draw` returns for the averaged weights to VisualDL, at every so many steps.
@@ -78,25 +107,34 @@ class LatentDiffusionTrainer(Trainer):
             return
         for callback in self.callback_handler.callbacks:
             if isinstance(callback, VisualDLCallback):
-                self.add_callback(ImageLoggingCallback(self._meter.paused()(draw), every, self.ema, callback))
+                due = self._unless_stopping(lambda step, last: step % every == 0)
+                self.add_callback(ImageLoggingCallback(self._meter.paused()(draw), due, self.ema, callback))
                 return
 
     def profile_steps(self) -> None:
         """Profiles a few steps; the files are in the output folder."""
         self.add_callback(ProfilingCallback(self._meter))
 
-    def evaluate_with(self, evaluation: TrainingEvaluation) -> None:
+    def evaluate_with(self, evaluation: TrainingEvaluation, after: int) -> None:
         """Runs `evaluation` whenever it is due; it keeps the best weights in the output folder.
+
+        Args:
+            evaluation: of samples.
+            after: best weights of later steps do not count.
 
         Raises:
             InputError: the best weights there cannot be compared with those of this run.
         """
         if self.is_world_process_zero():
-            evaluation.keep_best_in(Path(self.args.output_dir))
+            evaluation.keep_best_in(Path(self.args.output_dir), after)
             for note in evaluation.notes:
                 print(f"note: {note}", file=sys.stderr)
         self._evaluation = evaluation
-        self.add_callback(EvaluationCallback(evaluation.due))
+        self.add_callback(EvaluationCallback(self._unless_stopping(evaluation.due)))
+
+    def _unless_stopping(self, due: Callable[[int, int], bool]) -> Callable[[int, int], bool]:
+        """`due(step, last_step)`, but never at a step after which the run ends on request: it is to end soon."""
+        return lambda step, last: not self._guard.should_stop and due(step, last)
 
     def evaluate(self, *args, **kwargs) -> None:
         """What PaddleNLP calls where a callback asks for it: its own loop over a dataset makes no images.
@@ -104,7 +142,9 @@ class LatentDiffusionTrainer(Trainer):
         It does so before it saves a checkpoint of the same step: what an interruption loses is made again.
         """
         with self._meter.paused():
-            found = self._evaluation.run(self.state.global_step, self.model, self.ema)
+            found = self._evaluation.run(
+                self.state.global_step, self.model, self.ema, lambda: self._stop.reason is not None
+            )
         self.control.should_evaluate = False  # it would be asked for again at the end of an epoch
         if found is None:
             return
@@ -116,27 +156,58 @@ class LatentDiffusionTrainer(Trainer):
     def denoiser(self, model, inputs: dict[str, paddle.Tensor]) -> Denoiser:
         """The backbone `model` with the condition of the batch `inputs` filled in."""
 
-    def train(self, resume_from_checkpoint: str | Path | None = None):
-        """Trains to `args.max_steps`, from the given checkpoint folder on if there is one, and saves the end."""
+    def train(
+        self, resume_from_checkpoint: str | Path | None = None, before_first_step: Callable[[], None] = lambda: None
+    ):
+        """Trains to `args.max_steps`, from the given checkpoint folder on if there is one, and saves the end.
+
+        It ends earlier where the stop request asks for that; the end is saved then, too.
+
+        Args:
+            resume_from_checkpoint: the folder.
+            before_first_step: called when all has been loaded.
+        """
         if resume_from_checkpoint is not None:
             self._check_resumed(Path(resume_from_checkpoint))
         if self.is_world_process_zero():
             self._print_plan(resume_from_checkpoint)
         if self._resumed_step >= self.args.max_steps:
             return None
+        self._guard.begin(self._sampler())
+        self.add_callback(StartCallback(before_first_step))
         self._meter.start()
         result = super().train(resume_from_checkpoint=resume_from_checkpoint and str(resume_from_checkpoint))
         if self._saved_step != self.state.global_step:
             self._save_checkpoint(self.model)
+        if self._guard.should_stop and self.state.global_step < self.args.max_steps:
+            self._say(
+                f"stopped by {self._stop.reason or 'another process'} after step {self.state.global_step} of "
+                f"{self.args.max_steps}, saved in {self.args.output_dir}; {self._how_to_go_on()}"
+            )
         return result
+
+    def _how_to_go_on(self) -> str:
+        for flag in ("overwrite_output_dir", "resume_from_checkpoint"):
+            if getattr(self.args, flag):
+                return f"the same command without --{flag} goes on from there"
+        return "the same command goes on from there"
+
+    def _say(self, text: str) -> None:
+        if self.is_world_process_zero():
+            write_line(text)
 
     def _check_resumed(self, folder: Path) -> None:
         """Takes over the step of a checkpoint, if it is of the same model."""
         checkpoint.check_config(folder, self.model.config)
-        step, samples = checkpoint.read_progress(folder)
-        if samples != step * self._meter.samples_per_step and self.is_world_process_zero():
-            print(f"note: {checkpoint.OTHER_BATCHES}", file=sys.stderr)
-        self._resumed_step = self._saved_step = step
+        checkpoint.check_has(folder, self._optimizer_file(), "it was saved with another --sharding; give that")
+        if self.ema is not None:
+            checkpoint.check_has(folder, checkpoint.EMA_MODEL, "it was saved without an average; give --use_ema False")
+        progress = checkpoint.read_progress(folder)
+        for note in progress.changes(self._meter.samples_per_step, self.args.seed):
+            if self.is_world_process_zero():
+                print(f"note: {note}", file=sys.stderr)
+        check_state(folder / checkpoint.TRAINER_STATE, progress.step)
+        self._resumed_step = self._saved_step = progress.step
 
     def _print_plan(self, resume_from_checkpoint: str | Path | None) -> None:
         args = self.args
@@ -151,16 +222,18 @@ class LatentDiffusionTrainer(Trainer):
             flush=True,
         )
 
-    def get_train_dataloader(self) -> paddle.io.DataLoader:
+    def _sampler(self) -> StreamBatchSampler:
         args = self.args
-        sampler = StreamBatchSampler(
+        return StreamBatchSampler(
             args.per_device_train_batch_size,
             first=self._resumed_step * args.gradient_accumulation_steps,
             last=args.max_steps * args.gradient_accumulation_steps,
             rank=args.dataset_rank,
             world_size=args.dataset_world_size,
         )
-        return TrainingLoader(self.train_dataset, sampler, args.dataloader_num_workers)
+
+    def get_train_dataloader(self) -> paddle.io.DataLoader:
+        return TrainingLoader(self.train_dataset, self._sampler(), self.args.dataloader_num_workers)
 
     def compute_loss(self, model, inputs, return_outputs=False):
         with precision.autocast(self.args.cpu_dtype):
@@ -169,17 +242,11 @@ class LatentDiffusionTrainer(Trainer):
             )
         terms = {name: value.mean() for name, value in losses.items()}
         self._meter.add(terms)
+        self._guard.add(losses["loss"])
         return terms["loss"]
 
     def _check_loss_valid(self, loss):
-        if not np.isfinite(loss.item()):
-            raise self._not_finite("the loss", self.state.global_step + 1)
-
-    def _not_finite(self, what: str, step: int) -> InputError:
-        return InputError(
-            f"{what} is not finite at step {step}; training stops and saves nothing, "
-            f"checkpoints in {self.args.output_dir} are intact; try a lower --learning_rate or --max_grad_norm 1"
-        )
+        """The guard does that, when gradients have been added up."""
 
     def log(self, logs: dict[str, float], **kwargs) -> None:
         if "loss" in logs:
@@ -188,7 +255,7 @@ class LatentDiffusionTrainer(Trainer):
 
     def _training_logs(self) -> dict[str, float]:
         """Means over the steps since the last log and over all ranks, and rates."""
-        norm = {} if self._gradient_norm.value is None else {"grad_norm": self._gradient_norm.value}
+        norm = {} if self._step.norm is None else {"grad_norm": self._step.norm}
         progress = {
             "learning_rate": float(self._get_learning_rate()),
             "epoch": self.state.global_step * self._meter.samples_per_step / len(self.store),
@@ -197,14 +264,21 @@ class LatentDiffusionTrainer(Trainer):
         return self._meter.read() | norm | progress
 
     def _save_checkpoint(self, model, metrics=None):
-        """Writes a checkpoint folder under a temporary name, on all ranks together, and then renames it."""
+        """Writes a checkpoint, on all ranks together; where that fails the run goes on without it, but for the last."""
         if ShardingOption.FULL_SHARD in self.args.sharding:
             self.model_wrapped.get_all_parameters(convert2cpu=True)
-        if not checkpoint.all_finite(self.model):
-            raise self._not_finite("a weight", self.state.global_step)
-        final = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
-        checkpoint.save(final, self._write_checkpoint, self.args.save_total_limit)
-        self._saved_step = self.state.global_step
+        step = self.state.global_step
+        self._guard.check_weights(step)
+        final = Path(self.args.output_dir) / f"checkpoint-{step}"
+        progress = checkpoint.Progress(step, step * self._meter.samples_per_step, self.args.seed)
+        try:
+            checkpoint.save(final, self._write_checkpoint, progress, self._checkpoint_size, self.args.save_total_limit)
+        except checkpoint.SaveFailed as error:
+            if step == self.args.max_steps or self._guard.should_stop:
+                raise
+            self._say(f"warning: {error}; training goes on, and saves again at the next time")
+            return
+        self._saved_step = step
 
     def _write_checkpoint(self, folder: Path) -> None:
         args = self.args
@@ -212,10 +286,19 @@ class LatentDiffusionTrainer(Trainer):
             checkpoint.write_state(folder, self.model, self.ema, self.lr_scheduler, self._loss_scaler())
             self.state.save_to_json(str(folder / checkpoint.TRAINER_STATE))
             paddle.save(args, str(folder / checkpoint.TRAINING_ARGUMENTS))
-        writes_optimizer = args.data_parallel_rank == 0 if args.use_hybrid_parallel else args.should_save
-        if writes_optimizer:
+        if self._writes_optimizer():
             checkpoint.save_optimizer(folder / self._optimizer_file(), self.optimizer, self.model)
         write_paddle(folder / self._rng_file(), checkpoint.rng_state())
+
+    def _checkpoint_size(self) -> int:
+        """Bytes of the tensors that this rank writes."""
+        states = [self.model.state_dict(), self.ema.state_dict() if self.ema else {}] if self.args.should_save else []
+        if self._writes_optimizer():
+            states.append(self.optimizer.state_dict())
+        return sum(map(checkpoint.size_of, states))
+
+    def _writes_optimizer(self) -> bool:
+        return self.args.data_parallel_rank == 0 if self.args.use_hybrid_parallel else self.args.should_save
 
     def _loss_scaler(self):
         return self.scaler if self.do_grad_scaling else None
@@ -242,7 +325,23 @@ class LatentDiffusionTrainer(Trainer):
         # Training draws from generators of its own; this is for what a subclass may draw from the global ones.
         rng_file = folder / self._rng_file()
         if rng_file.is_file():
-            checkpoint.set_rng_state(read_paddle(rng_file))
+            checkpoint.read_rng_state(rng_file)
+
+
+def check_state(path: Path, step: int) -> None:
+    """What PaddleNLP reads of a checkpoint itself; it takes over whatever the file says.
+
+    Raises:
+        InputError: the file cannot be read, is no state of a `Trainer`, or one of another step.
+    """
+    try:
+        state = TrainerState(**read_json(path, _MAX_STATE))
+    except (OSError, ValueError, TypeError) as error:
+        raise InputError(f"{path} is not the state of a Trainer ({error}); resume another checkpoint") from None
+    if state.global_step != step or not isinstance(state.log_history, list):
+        raise InputError(
+            f"{path} is not the state after step {step}, which the manifest beside it says; resume another checkpoint"
+        )
 
 
 def run_training(
@@ -256,6 +355,8 @@ def run_training(
     args: SuiteTrainingArguments,
 ) -> None:
     """Trains as the flags say; resumes from the newest checkpoint of the output folder if there is one.
+
+    SIGTERM, SIGINT and `--max_run_hours` end it early, see `StopRequest`.
 
     Args:
         trainer_class: the system's.
@@ -271,63 +372,71 @@ def run_training(
     Raises:
         InputError: whatever is wrong with the output folder, a checkpoint or the flags, before training starts.
     """
+    if "visualdl" in args.report_to:
+        from .curves import outlive_failing_disk  # it takes a second to import
+
+        outlive_failing_disk()
     eval_flags = suite_args.evaluation(args.eval_steps)
-    resume = prepare_output(args)
-    evaluation = open_evaluation(eval_flags, make_maker, Path(args.output_dir))
-    logs_images = suite_args.image_logging_steps > 0 and args.should_save and "visualdl" in args.report_to
-    draw = make_drawer() if logs_images else None
+    stop = StopRequest(args.max_run_hours)
+    output_dir = Path(args.output_dir)
+    with locked_folder(output_dir) if args.process_index == 0 else contextlib.nullcontext():
+        checkpoint.check_shared(output_dir)
+        resume = choose_checkpoint(args)
+        after = steps_kept(output_dir, resume)
+        evaluation = open_evaluation(eval_flags, make_maker, output_dir)
+        logs_images = suite_args.image_logging_steps > 0 and args.should_save and "visualdl" in args.report_to
+        draw = make_drawer() if logs_images else None
 
-    set_seed(args.seed)
-    # Under sharding that seeds each process differently. Weights become those of the first when they are wrapped, but
-    # averages begin with what a process has made, and all processes draw samples with theirs.
-    paddle.seed(args.seed)
-    model, notes = build_model(resume)
-    if args.should_save:
-        for note in notes:
-            print(f"note: {note}", file=sys.stderr)
-    if suite_args.enable_xformers_memory_efficient_attention:
-        model.enable_xformers_memory_efficient_attention()
-    ema = EMA(model, suite_args.ema_decay, suite_args.ema_warmup) if suite_args.use_ema else None
-    trainer = trainer_class(model, objective, store, ema, args)
-    if suite_args.profile:
-        trainer.profile_steps()
-    if draw:
-        trainer.log_images(draw, suite_args.image_logging_steps)
-    if evaluation:
-        trainer.evaluate_with(evaluation)
-    trainer.train(resume)
+        set_seed(args.seed)
+        # Under sharding that seeds each process differently. Weights become those of the first when they are wrapped,
+        # but averages begin with what a process has made, and all processes draw samples with theirs.
+        paddle.seed(args.seed)
+        model, notes = build_model(resume)
+        if args.should_save:
+            for note in notes:
+                print(f"note: {note}", file=sys.stderr)
+        if suite_args.enable_xformers_memory_efficient_attention:
+            model.enable_xformers_memory_efficient_attention()
+        ema = EMA(model, suite_args.ema_decay, suite_args.ema_warmup) if suite_args.use_ema else None
+        trainer = trainer_class(model, objective, store, ema, args, stop)
+        if suite_args.profile:
+            trainer.profile_steps()
+        if draw:
+            trainer.log_images(draw, suite_args.image_logging_steps)
+        if evaluation:
+            trainer.evaluate_with(evaluation, after)
+        with stop:
+            trainer.train(resume, lambda: _set_aside(args, after))
 
 
-def prepare_output(args) -> Path | None:
-    """Makes the output folder and says which checkpoint to resume from: the given one, else the newest there.
+def choose_checkpoint(args) -> Path | None:
+    """The checkpoint to resume from: the given one, else the newest complete one of the output folder.
 
-    Checkpoints that the run would mix with are moved aside, and it is said where to: all of them with
-    `--overwrite_output_dir`, those of later steps when an earlier one of the same folder is resumed. So are the best
-    weights.
+    All processes call it, and get what the first has found.
 
     Raises:
-        InputError: the output folder cannot be written, or the given folder is no complete checkpoint.
+        InputError: the given folder is no complete checkpoint, or none of those in the output folder is; a process does
+            not see what the first does.
     """
-    output_dir = Path(args.output_dir)
-    given = args.resume_from_checkpoint
-    if given and not (Path(given) / checkpoint.TRAINER_STATE).is_file():
-        raise InputError(f"--resume_from_checkpoint {given} is not a complete checkpoint folder")
-    try:
-        output_dir.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InputError(f"cannot make the output folder {output_dir}: {error.strerror}") from None
-    if args.should_save:
-        checkpoint.remove_partial(output_dir)
-    if given:
-        folder = Path(given)
-        if folder.absolute().parent == output_dir.absolute():
-            _set_aside(args, after=checkpoint.read_progress(folder)[0])
-        return folder
-    newest = None if args.overwrite_output_dir else checkpoint.newest_checkpoint(output_dir)
-    _set_aside(args, after=checkpoint.read_progress(newest)[0] if newest else -1)
-    return newest
+    return checkpoint.agreed(_choose_checkpoint(args) if args.process_index == 0 else None)
+
+
+def _choose_checkpoint(args) -> Path | None:
+    checkpoint.remove_partial(Path(args.output_dir))
+    if args.resume_from_checkpoint:
+        checkpoint.verify(Path(args.resume_from_checkpoint))
+        return Path(args.resume_from_checkpoint)
+    return None if args.overwrite_output_dir else checkpoint.newest_checkpoint(Path(args.output_dir), checkpoint.verify)
+
+
+def steps_kept(output_dir: Path, resume: Path | None) -> int:
+    """The step up to which what is in the output folder is of the run that is resumed; -1 where nothing is."""
+    if resume is None or resume.resolve().parent != output_dir.resolve():
+        return -1
+    return checkpoint.read_progress(resume).step
 
 
 def _set_aside(args, after: int) -> None:
-    if args.should_save and (note := checkpoint.set_aside(Path(args.output_dir), after)):
+    """Moves what the run would mix with aside, and says where to."""
+    if args.process_index == 0 and (note := checkpoint.set_aside(Path(args.output_dir), after)):
         print(f"note: {note}", file=sys.stderr)

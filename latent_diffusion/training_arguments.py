@@ -1,20 +1,143 @@
 """Command-line arguments that the trainers share."""
 
+import math
 import sys
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Optional
 
 import paddle
 from paddlenlp.trainer import PdArgumentParser, TrainingArguments
-from paddlenlp.trainer.trainer_utils import IntervalStrategy
+from paddlenlp.trainer.integrations import get_available_reporting_integrations
+from paddlenlp.trainer.trainer_utils import IntervalStrategy, SchedulerType
 from paddlenlp.utils.log import logger
 
-from . import precision, profiling
-from .command_line import ArgumentParser
+from . import device, precision, profiling
+from .command_line import MOST_SAMPLES, MOST_STEPS, MOST_WORKERS, ArgumentParser, check_hours, check_number
 from .errors import InputError
 from .evaluation import flags
 from .evaluation.extractors import EXTRACTORS
+
+# Flags of PaddleNLP that change nothing here or cannot work, by the reason.
+UNSUPPORTED = {
+    "is of PaddleNLP's evaluation, which makes no images; see --eval_steps": (
+        "prediction_loss_only",
+        "per_device_eval_batch_size",
+        "eval_accumulation_steps",
+        "bf16_full_eval",
+        "fp16_full_eval",
+        "minimum_eval_times",
+        "max_evaluate_steps",
+        "metric_for_best_model",
+        "greater_is_better",
+    ),
+    "is not supported: a network is whole on every device; --sharding divides the optimizer's state": (
+        "tensor_parallel_degree",
+        "tensor_parallel_config",
+        "pipeline_parallel_degree",
+        "pipeline_parallel_config",
+        "sep_parallel_degree",
+        "context_parallel_degree",
+        "sequence_parallel",
+        "sequence_parallel_config",
+        "fuse_sequence_parallel_allreduce",
+        "split_inputs_sequence_dim",
+        "expert_parallel_degree",
+        "expert_tensor_parallel_degree",
+        "use_expert_parallel",
+        "expert_max_capacity",
+        "expert_min_capacity",
+        "hybrid_parallel_topo_order",
+        "force_reshard_pp",
+        "distributed_dataloader",
+    ),
+    "is of PaddleNLP's automatic parallelism, which is not supported": (
+        "enable_auto_parallel",
+        "auto_parallel_resume_form_hybrid_parallel",
+        "data_parallel_config",
+        "sharding_parallel_mesh_dimension",
+        "to_static",
+    ),
+    "is of PaddleNLP's checkpoints; those of this suite are whole, see --save_steps": (
+        "unified_checkpoint",
+        "unified_checkpoint_config",
+        "save_sharded_model",
+        "load_sharded_model",
+        "save_sharding_stage1_model_include_freeze_params",
+        "sharding_parallel_config",
+        "use_async_save",
+        "output_signal_dir",
+        "ordered_save_group_size",
+        "ckpt_quant_stage",
+        "ignore_save_lr_and_optim",
+        "ignore_load_lr_and_optim",
+        "offload_optim",
+        "pdc_download_ckpt",
+        "pdc_download_timeout",
+    ),
+    "is not supported: the nodes share one output folder, to which the first writes": (
+        "save_on_each_node",
+        "log_on_each_node",
+    ),
+    "is for language models": (
+        "past_index",
+        "remove_unused_columns",
+        "label_names",
+        "lazy_data_processing",
+        "count_trained_tokens",
+        "pad_token_id",
+        "refined_recompute",
+    ),
+    "has no effect on the endless stream of samples, which a resumed run continues where it was": (
+        "dataloader_drop_last",
+        "ignore_data_skip",
+        "skip_data_intervals",
+    ),
+    "has no effect; the log shows rate and memory, and --profile more": (
+        "metrics_output_path",
+        "skip_profile_timer",
+        "skip_memory_metrics",
+    ),
+    "has no effect; memory of gradients is released where that is possible": ("release_grads",),
+    "is only for NPUs": ("flatten_param_grads",),
+    "is given by the launcher": ("local_rank",),
+    "is not supported; give --device cpu": ("no_cuda",),
+    "is not supported; give --sharding_parallel_degree": ("sharding_degree",),
+    "is not supported; export with generate_pipelines.py or scripts/convert_dit_to_ppdiffusers.py": ("do_export",),
+}
+
+# Of a number the least value, and one that is too large.
+_RANGES = {
+    "per_device_train_batch_size": (1, MOST_SAMPLES + 1),
+    "gradient_accumulation_steps": (1, MOST_SAMPLES + 1),
+    "logging_steps": (1, MOST_STEPS),
+    "save_steps": (1, MOST_STEPS),
+    "dataloader_num_workers": (0, MOST_WORKERS + 1),
+    "warmup_steps": (0, MOST_STEPS),
+    "num_train_epochs": (0, 1e9),
+    # NumPy's generator takes no greater one.
+    "seed": (0, 2**32),
+    "learning_rate": (0, math.inf),
+    "weight_decay": (0, math.inf),
+    "adam_beta1": (0, 1),
+    "adam_beta2": (0, 1),
+    "num_cycles": (0, 1e6),
+    "lr_end": (0, math.inf),
+    "power": (0, 1e6),
+}
+
+# These say how half precision on a GPU is done.
+_OF_HALF_PRECISION = ("amp_master_grad", "amp_custom_black_list", "amp_custom_white_list", "scale_loss")
+
+# The schedules of the learning rate for which a flag means something.
+_WITH_WARMUP = tuple(name for name in SchedulerType if name is not SchedulerType.CONSTANT)
+_SCHEDULES_WITH = {
+    "warmup_steps": _WITH_WARMUP,
+    "warmup_ratio": _WITH_WARMUP,
+    "num_cycles": (SchedulerType.COSINE,),
+    "lr_end": (SchedulerType.POLYNOMIAL,),
+    "power": (SchedulerType.POLYNOMIAL,),
+}
 
 
 @dataclass
@@ -45,7 +168,9 @@ class SuiteArguments:
     num_inference_steps: int = field(default=25, metadata={"help": "sampling steps of logged and evaluated images"})
     eval_samples: int = field(default=flags.SAMPLES, metadata={"help": flags.HELP["samples"]})
     eval_reference: Optional[str] = field(default=None, metadata={"help": flags.HELP["reference"]})
-    eval_extractor: str = field(default=EXTRACTORS[0], metadata={"help": flags.HELP["extractor"]})
+    eval_extractor: str = field(
+        default=EXTRACTORS[0], metadata={"help": flags.HELP["extractor"], "choices": EXTRACTORS}
+    )
     eval_weights: Optional[str] = field(default=None, metadata={"help": flags.HELP["weights"]})
     profile: bool = field(default=False, metadata={"help": profiling.HELP})
     enable_xformers_memory_efficient_attention: bool = field(
@@ -70,12 +195,9 @@ class SuiteArguments:
         return Path(self.pretrained_model_name_or_path) if self.pretrained_model_name_or_path else None
 
     def __post_init__(self):
-        if not 0.0 <= self.ema_decay < 1.0:
-            raise InputError(f"--ema_decay must be in [0, 1), not {self.ema_decay}")
-        if self.image_logging_steps < 0:
-            raise InputError(f"--image_logging_steps must not be negative, but is {self.image_logging_steps}")
-        if self.num_inference_steps < 1:
-            raise InputError(f"--num_inference_steps must be at least 1, not {self.num_inference_steps}")
+        check_number("--ema_decay", self.ema_decay, 0, 1)
+        check_number("--image_logging_steps", self.image_logging_steps, 0)
+        check_number("--num_inference_steps", self.num_inference_steps, 1, 1001)
 
 
 @dataclass
@@ -93,18 +215,25 @@ class SuiteTrainingArguments(TrainingArguments):
     disable_tqdm: Optional[bool] = field(
         default=None, metadata={"help": "print plain lines, not a progress bar (default: off on a terminal)"}
     )
+    max_run_hours: Optional[float] = field(
+        default=None, metadata={"help": "save and end after so many hours; the same command goes on from there"}
+    )
+    on_nonfinite: str = field(
+        default="stop",
+        metadata={
+            "help": "at a loss or gradient that is not finite: stop, or skip the step",
+            "choices": ["stop", "skip"],
+        },
+    )
     ddp_find_unused_parameters: Optional[bool] = field(
         default=False, metadata={"help": "search for parameters without gradient at every step (slow)"}
     )
 
     def __post_init__(self):
-        if not self.device:
-            self.device = (
-                "gpu" if paddle.device.is_compiled_with_cuda() and paddle.device.cuda.device_count() else "cpu"
-            )
+        self._check()
+        self._choose_device()
         if self.disable_tqdm is None:
             self.disable_tqdm = not sys.stderr.isatty()
-        self._check()
         # PaddleNLP logs two hundred lines of arguments at start.
         logger.set_level("WARNING")
         super().__post_init__()
@@ -117,12 +246,47 @@ class SuiteTrainingArguments(TrainingArguments):
     def _check(self) -> None:
         if not self.do_train:
             raise InputError("nothing to do: give --do_train")
-        for name in ("per_device_train_batch_size", "gradient_accumulation_steps", "logging_steps", "save_steps"):
-            if getattr(self, name) < 1:
-                raise InputError(f"--{name} must be at least 1, not {getattr(self, name)}")
+        if self.overwrite_output_dir and self.resume_from_checkpoint:
+            raise InputError("--overwrite_output_dir and --resume_from_checkpoint exclude each other")
+        self._check_evaluation()
+        self._check_supported()
+        self._check_numbers()
+        self._check_schedule()
+        self._check_reports()
+        self._check_sharding()
+
+    def _check_numbers(self) -> None:
+        for name, (least, too_large) in _RANGES.items():
+            check_number(f"--{name}", getattr(self, name), least, too_large)
+        for name in ("adam_epsilon", "scale_loss"):
+            if getattr(self, name) <= 0:
+                raise InputError(f"--{name} must be positive, not {getattr(self, name)}")
+        if self.save_total_limit is not None:
+            check_number("--save_total_limit", self.save_total_limit, 1)
+        if self.max_steps != -1:
+            check_number("--max_steps", self.max_steps, 1, MOST_STEPS)
+        elif self.num_train_epochs == 0:
+            raise InputError("--num_train_epochs 0 leaves nothing to train; give a positive number, or --max_steps")
+        check_hours(self.max_run_hours)
+
+    def _is_given(self, name: str) -> bool:
+        """Whether a flag has another value than its default."""
+        return getattr(self, name) != next(f.default for f in fields(self) if f.name == name)
+
+    def _check_supported(self) -> None:
+        for reason, names in UNSUPPORTED.items():
+            for name in names:
+                undivided = name.endswith("_parallel_degree") and getattr(self, name) == 1
+                if self._is_given(name) and not undivided:
+                    raise InputError(f"--{name} {reason}; leave it out")
         for name in ("save_strategy", "logging_strategy"):
             if IntervalStrategy(getattr(self, name)) is IntervalStrategy.EPOCH:
                 raise InputError(f"--{name} epoch is not supported, the stream of samples has no epochs; give steps")
+        for name, known in (("optim", ("adamw",)), ("fp16_opt_level", ("O1", "O2"))):
+            if (value := getattr(self, name)) not in known:
+                raise InputError(f"--{name} must be {' or '.join(known)}, not {value!r}")
+
+    def _check_evaluation(self) -> None:
         evaluates = (
             self.do_eval or self.do_predict or IntervalStrategy(self.evaluation_strategy) is not IntervalStrategy.NO
         )
@@ -135,22 +299,86 @@ class SuiteTrainingArguments(TrainingArguments):
             raise InputError(
                 "--eval_steps needs whole weights, which --sharding stage3 does not keep; use stage1 or stage2"
             )
-        if self.seed < 0:
-            raise InputError(f"--seed must be at least 0, not {self.seed}")
+
+    def _check_schedule(self) -> None:
+        schedule = SchedulerType(self.lr_scheduler_type)
+        for name, schedules in _SCHEDULES_WITH.items():
+            if self._is_given(name) and schedule not in schedules:
+                raise InputError(
+                    f"--{name} has no effect with --lr_scheduler_type {schedule.value}; leave it out or take "
+                    f"{' or '.join(known.value for known in schedules)}"
+                )
+        if self.warmup_ratio and self.warmup_steps:
+            raise InputError("--warmup_ratio and --warmup_steps exclude each other")
+        if schedule is SchedulerType.POLYNOMIAL and self.lr_end >= self.learning_rate:
+            raise InputError(f"--lr_end {self.lr_end} must be smaller than --learning_rate {self.learning_rate}")
+
+    def _check_reports(self) -> None:
+        available = get_available_reporting_integrations()
+        known = [*available, "all", "none"]
+        if self.report_to not in known:
+            raise InputError(f"--report_to must be one of {', '.join(known)} on this machine, not {self.report_to!r}")
+        reports = available if self.report_to == "all" else [self.report_to]
+        for name in ("run_name", "wandb_api_key", "wandb_http_proxy"):
+            if self._is_given(name) and "wandb" not in reports:
+                raise InputError(f"--{name} has no effect without --report_to wandb; leave it out")
+
+    def _check_sharding(self) -> None:
+        processes = paddle.distributed.get_world_size()
+        if self.sharding and processes == 1:
+            raise InputError("--sharding needs several processes; start with python -m paddle.distributed.launch")
+        for name in ("sharding_parallel_degree", "sharding_comm_buffer_size_MB"):
+            if (value := getattr(self, name)) == -1:
+                continue
+            if not self.sharding:
+                raise InputError(f"--{name} has no effect without --sharding; leave it out")
+            check_number(f"--{name}", value, 1)
+        if self.sharding_parallel_degree == 1:
+            raise InputError("--sharding_parallel_degree 1 is no sharding; leave --sharding out, too")
+        if self.sharding and processes % max(self.sharding_parallel_degree, 1):
+            raise InputError(
+                f"--sharding_parallel_degree {self.sharding_parallel_degree} does not divide the {processes} processes"
+            )
+
+    def _choose_device(self) -> None:
+        """Selects `--device`, and the precision that it has."""
         if self.fp16 and self.bf16:
             raise InputError("--fp16 and --bf16 exclude each other")
+        if self.device in ("", "cpu", "gpu"):
+            self.device = device.select(self.device or None)
+        else:
+            try:
+                paddle.set_device(self.device)
+            except Exception as error:  # a device of another kind, for which Paddle has errors of many types
+                raise InputError(f"--device {self.device} is none that this Paddle can use; give cpu or gpu") from error
+        self._check_half_precision()
         self.cpu_dtype = None
         if self.device == "cpu":
+            if any(stage in self.sharding for stage in ("stage2", "stage3")):
+                raise InputError(f"--sharding {self.sharding} needs GPUs; on a CPU take stage1")
             # PaddleNLP's mixed precision is for a GPU.
             wanted = "float16" if self.fp16 else "bfloat16" if self.bf16 else None
             self.cpu_dtype, note = precision.choose(wanted, "cpu")
             self.fp16 = self.bf16 = False
             if note:
                 print(f"note: {note}", file=sys.stderr)
-        if self.sharding and paddle.distributed.get_world_size() == 1:
-            raise InputError("--sharding needs several processes; start with python -m paddle.distributed.launch")
-        if self.unified_checkpoint:
-            raise InputError("--unified_checkpoint is for PaddleNLP's pretrained language models; leave it out")
+
+    def _check_half_precision(self) -> None:
+        if self.device != "cpu" and (self.fp16 or self.bf16):
+            return
+        for name in _OF_HALF_PRECISION:
+            if self._is_given(name):
+                raise InputError(f"--{name} has no effect without --fp16 or --bf16 on a GPU; leave it out")
+
+
+def check_warmup(args: SuiteTrainingArguments) -> None:
+    """Raises `InputError` where the warmup takes all of `args.max_steps`: the polynomial divides by what is left."""
+    warmup = args.warmup_steps or int(args.warmup_ratio * args.max_steps)
+    if args.lr_scheduler_type is SchedulerType.POLYNOMIAL and warmup >= args.max_steps:
+        raise InputError(
+            f"a warmup of {warmup} steps leaves none of {args.max_steps} for --lr_scheduler_type polynomial; make "
+            "--warmup_steps or --warmup_ratio smaller"
+        )
 
 
 class _Parser(ArgumentParser, PdArgumentParser):

@@ -12,7 +12,7 @@ from .checkpoint import set_weights
 from .configuration import VAE_DOWNSAMPLING
 from .errors import InputError, NotFiniteError
 from .hub import existing_file, local_folder, read_json
-from .pretrained import checksum
+from .pretrained import check_size, checksum
 from .weights import WEIGHT_SUFFIXES, read_weights, transpose_linear
 
 # File names a VAE folder may hold its weights under, ppdiffusers' own first.
@@ -127,27 +127,36 @@ def _from_folder(folder: Path):
     config = read_json(source)
     # Newer diffusers writes it; ppdiffusers knows no VAE without that attention, whose weights would be missing.
     config.pop("mid_block_add_attention", None)
-    vae = _build(config, source)
     weights = read_weights(file)
+    vae = _build(config, source, weights)
     set_weights(vae, _from_torch(weights) if file.name in _TORCH_FILES else weights, file)
     return vae
 
 
-def _build(config: dict, source: Path):
-    """A VAE with new weights; `source` names the configuration in errors."""
+def _build(config: dict, source: Path, weights: dict[str, np.ndarray]):
+    """A VAE to be given the weights; `source` names the configuration in errors."""
     from ppdiffusers.models.autoencoder_kl import AutoencoderKL
 
     try:
+        check_size(weights, *_least_size(config))
         return AutoencoderKL.from_config(config)
     except Exception as error:  # a wrong value can make its layers raise anything
-        raise InputError(f"{source} does not describe an AutoencoderKL: {error}") from error
+        raise InputError(f"{source} does not describe an AutoencoderKL: {' '.join(str(error).split())}") from error
+
+
+def _least_size(config: dict) -> tuple[float, int]:
+    """How many numbers and layers such a VAE has at least: two convolutions a layer and block, in either half."""
+    channels, layers = config.get("block_out_channels", ()), abs(config.get("layers_per_block", 1))
+    numbers = 2 * layers * sum(2 * 9 * count**2 for count in channels)
+    ends = sum(abs(config.get(key, 0)) for key in ("in_channels", "out_channels", "latent_channels"))
+    return numbers + ends, 2 * layers * len(channels)
 
 
 def _from_compvis(file: Path):
     weights = read_weights(file)
     beside = file.with_name("config.json")
     given = read_json(beside) if beside.is_file() else {}
-    vae = _build(_compvis_config(weights, given, file), beside if given else file)
+    vae = _build(_compvis_config(weights, given, file), beside if given else file, weights)
     blocks = len(vae.config.block_out_channels)
     renamed = {_diffusers_name(name, blocks): _without_kernel(name, value) for name, value in weights.items()}
     set_weights(vae, _from_torch(renamed), file)

@@ -16,7 +16,7 @@ import pickle
 import re
 import stat
 import zipfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -293,11 +293,21 @@ def write_safetensors(
         config: plain values that describe them, for `read_config`.
         layout: whose layout they have, "pt" for PyTorch's; the entry "format" by which other readers tell.
     """
+    from safetensors import SafetensorError
     from safetensors.numpy import save_file
 
     metadata = {"format": layout} | ({} if config is None else {_CONFIG_RECORD: json.dumps(config)})
     tensors = {name: np.ascontiguousarray(value, "<f4") for name, value in weights.items()}
-    replace_file(Path(path), lambda temporary: save_file(tensors, temporary, metadata))
+
+    def write(temporary: Path) -> None:
+        try:
+            save_file(tensors, temporary, metadata)
+        except SafetensorError as error:
+            if found := re.search(r"os error (\d+)", str(error)):  # all it says of what the system said
+                raise OSError(int(found[1]), os.strerror(int(found[1]))) from error
+            raise
+
+    replace_file(Path(path), write)
 
 
 def transpose_linear(weights: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
@@ -382,6 +392,10 @@ _OPERATIONS = """
 """
 
 
+# Numbers below it are their own hashes.
+_KEYS = 2**60
+
+
 class _Operations(dict):
     def __missing__(self, code: int):
         raise _Refused(f"it has the pickle operation {code:#x}, which no such file needs")
@@ -415,6 +429,14 @@ class _Unpickler(pickle._Unpickler):
         _require(kind is _NAMESPACE and arguments == (), "a new object of an unexpected kind")
         self.append(_Namespace())
 
+    def load_setitem(self) -> None:
+        _check_keys(self.stack[-2:-1])
+        super().load_setitem()
+
+    def load_setitems(self) -> None:
+        _check_keys(self.stack[::2])
+        super().load_setitems()
+
     def load_build(self) -> None:
         # The stock operation would set attributes on whatever object the file puts there, functions included.
         state = self.stack.pop()
@@ -425,11 +447,20 @@ class _Unpickler(pickle._Unpickler):
     _codes = [getattr(pickle, name)[0] for name in _OPERATIONS.split()]
     dispatch = _Operations((code, pickle._Unpickler.dispatch[code]) for code in _codes)
     dispatch |= {pickle.NEWOBJ[0]: load_newobj, pickle.BUILD[0]: load_build}
+    dispatch |= {pickle.SETITEM[0]: load_setitem, pickle.SETITEMS[0]: load_setitems}
 
 
 def _require(condition: bool, found: str) -> None:
     if not condition:
         raise _Refused(f"it has {found}")
+
+
+def _check_keys(keys: Iterable[Any]) -> None:
+    """Before they are put into a dict: many keys of one hash, as other numbers can have, would take hours."""
+    _require(
+        all(type(key) is str or type(key) is int and abs(key) < _KEYS for key in keys),
+        "a dict key that is neither text nor a small number",
+    )
 
 
 def _is_sizes(values: Any) -> bool:
@@ -556,7 +587,9 @@ def _unnamed_tensor(expression: Any, variables: Any) -> _Array:
 
 
 def _ordered_dict(pairs: Any = ()) -> _OrderedDict:
-    _require(type(pairs) in (list, tuple), "a malformed OrderedDict")
+    is_pairs = type(pairs) in (list, tuple) and all(type(pair) in (list, tuple) and len(pair) == 2 for pair in pairs)
+    _require(is_pairs, "a malformed OrderedDict")
+    _check_keys(key for key, _ in pairs)
     return _OrderedDict(pairs)
 
 
@@ -637,6 +670,9 @@ class _TorchArchive:
         entries = self._zip.infolist()
         # torch.save never compresses. With this, what is read in total cannot exceed the size of the file.
         _require(all(entry.compress_type == zipfile.ZIP_STORED for entry in entries), "compressed entries")
+        _require(all(entry.compress_size == entry.file_size for entry in entries), "entries of two sizes")
+        # Other programs may take another one of them.
+        _require(len({entry.filename for entry in entries}) == len(entries), "two entries of one name")
         _require(sum(entry.file_size for entry in entries) <= self._path.stat().st_size, "overlapping entries")
         if self.record("byteorder") not in (None, b"little"):
             raise InputError(f"{self._path} is not in little-endian byte order; re-save it on a common machine")
@@ -799,7 +835,6 @@ def _plain_value(content: Any, done: dict[int, Any]) -> Any:
             return _plain(content.value, done)
         return _float32_of_bfloat16(content.value)
     if isinstance(content, dict):
-        _require(all(type(key) in (str, int) for key in content), "a dict key that is neither text nor a number")
         return {key: _plain(value, done) for key, value in content.items()}
     if type(content) in (list, tuple):
         return type(content)(_plain(value, done) for value in content)

@@ -188,9 +188,8 @@ def _train(model, golden, golden_json) -> GoldenTraining:
     return GoldenTraining(losses, outputs, noisy, grads, *deltas)
 
 
-@pytest.fixture(scope="session")
-def vae_folder(tmp_path_factory) -> Path:
-    """A small `AutoencoderKL` with random weights: images of any size to 4 channels of an eighth of it."""
+def write_vae(folder: Path) -> Path:
+    """Writes a small `AutoencoderKL` with random weights: images of any size to 4 channels of an eighth of it."""
     from ppdiffusers.models.autoencoder_kl import AutoencoderKL
 
     paddle.seed(0)
@@ -204,9 +203,14 @@ def vae_folder(tmp_path_factory) -> Path:
         sample_size=64,
         scaling_factor=0.5,
     )
-    folder = tmp_path_factory.mktemp("vae")
     vae.save_pretrained(str(folder), safe_serialization=False)
     return folder
+
+
+@pytest.fixture(scope="session")
+def vae_folder(tmp_path_factory) -> Path:
+    """From `write_vae`."""
+    return write_vae(tmp_path_factory.mktemp("vae"))
 
 
 def write_clip(folder: Path, width: int, length: int) -> Path:

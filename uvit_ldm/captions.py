@@ -1,6 +1,5 @@
 """Captioned images, from a folder of images and the captions file of COCO."""
 
-import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -10,6 +9,10 @@ import numpy as np
 
 from latent_diffusion.errors import InputError
 from latent_diffusion.files import read_lines
+from latent_diffusion.reading import parse_json, read_bytes
+
+# Bytes of a captions file; COCO's have up to 70 MB.
+MAX_CAPTIONS = 1 << 30
 
 
 @dataclass
@@ -38,10 +41,10 @@ def read_captions(path: Path) -> list[CaptionedImage]:
         InputError: the file cannot be read, is no such JSON, or names an image outside of the folder of images.
     """
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = parse_json(read_bytes(path, MAX_CAPTIONS))
     except OSError as error:
         raise InputError(f"cannot read the captions file {path}: {error.strerror}") from None
-    except (ValueError, RecursionError) as error:
+    except ValueError as error:
         raise InputError(f"the captions file {path} is not JSON: {error}") from None
     images: dict[int, CaptionedImage] = {}
     for entry in _entries(content, "images", {"id": _is_number, "file_name": _is_text}, path):

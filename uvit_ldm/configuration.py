@@ -1,6 +1,5 @@
 """What a text-to-image U-ViT is made of: one record, read from JSON; and the constants of its training."""
 
-import math
 from dataclasses import dataclass
 
 from latent_diffusion.configuration import ModelConfig
@@ -61,8 +60,13 @@ class UViTConfig(ModelConfig):
             raise InputError(f"num_layers must be at least 2, not {self.num_layers}")
         if self.hidden_size % 2:
             raise InputError(f"the width {self.hidden_size} (heads x head dimension) must be even")
-        if not (0 < self.mlp_ratio < math.inf and 0 < self.scaling_factor < math.inf):
+        if self.mlp_ratio <= 0 or self.scaling_factor <= 0:
             raise InputError("mlp_ratio and scaling_factor must be positive numbers")
+
+    @property
+    def least_weights(self) -> float:
+        mlps = 2 * self.num_layers * int(self.hidden_size * self.mlp_ratio) * self.hidden_size
+        return super().least_weights + mlps + (self.num_text_tokens + self.clip_dim) * self.hidden_size
 
     @property
     def extras(self) -> int:

@@ -12,7 +12,9 @@ i and k count from 0 without gaps; every image has a caption, how many differs. 
 """
 
 import itertools
+import os
 import re
+from array import array
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -66,7 +68,8 @@ def count_captions(folder: Path) -> np.ndarray:
     Raises:
         InputError: there is no image, a number is missing, an image has no caption, or a caption no image.
     """
-    images, owners, captions = [], [], []
+    # Millions of names: lists would take gigabytes.
+    images, owners, captions = array("q"), array("q"), array("q")
     for name in array_names(folder):
         match = _NAME.fullmatch(name)
         if match is None:
@@ -76,7 +79,8 @@ def count_captions(folder: Path) -> np.ndarray:
         else:
             owners.append(int(match[1]))
             captions.append(int(match[2]))
-    images, owners, captions = np.sort(images), np.array(owners, dtype=int), np.array(captions, dtype=int)
+    images, owners, captions = (np.array(numbers, dtype=int) for numbers in (images, owners, captions))
+    images.sort()
     if not len(images):
         raise InputError(f"the feature folder {folder} holds no <image>.npy")
     if gaps := np.flatnonzero(images != np.arange(len(images))).tolist():
@@ -112,9 +116,9 @@ def read_prompts(feature_path: Path, shape: tuple[int, int]) -> list[tuple[str, 
         InputError: a file is damaged, or holds anything but a text and a context of that shape.
     """
     folder = prompts_folder(feature_path)
-    if not folder.is_dir():
+    if not os.path.lexists(folder):
         return []
-    names = array_names(folder)
+    names = list(array_names(folder))
     if strangers := [name for name in names if not _NAME.fullmatch(name) or "_" in name]:
         raise InputError(f"{folder / strangers[0]} is not named by a number; move it away")
     names.sort(key=lambda name: int(name.removesuffix(".npy")))

@@ -8,9 +8,10 @@ from pathlib import Path
 import numpy as np
 
 from latent_diffusion.errors import InputError
-from latent_diffusion.features import FeatureStore, images_to_check, read_array
+from latent_diffusion.features import FeatureStore, images_to_check, read_floats
 from latent_diffusion.packed import ABSENT, LABELS, PackedReader, is_packed
-from latent_diffusion.records import MOMENTS, TextContents, read_manifest, skipped_images
+from latent_diffusion.reading import naming_errors
+from latent_diffusion.records import MOMENTS, TextContents, check_complete
 from latent_diffusion.vae import sample_moments
 
 from .configuration import CONDITION_DROPOUT, UViTConfig
@@ -39,10 +40,11 @@ def open_features(feature_path: str | Path, config: UViTConfig, split: str = "tr
         InputError: the features are in neither layout, damaged, or not what the backbone takes.
     """
     folder = Path(feature_path)
-    _check_present(folder, split)
-    if is_packed(packed_folder(folder, split, "images")):
-        return PackedCocoFeatures(folder, config, split)
-    return CocoFileFeatures(folder, config, split)
+    with naming_errors(folder):
+        _check_present(folder, split)
+        if is_packed(packed_folder(folder, split, "images")):
+            return PackedCocoFeatures(folder, config, split)
+        return CocoFileFeatures(folder, config, split)
 
 
 class CocoFeatures(FeatureStore):
@@ -61,7 +63,7 @@ class CocoFeatures(FeatureStore):
         channels, *sides = config.latent_shape
         self.moments_shape = (2 * channels, *sides)
         self.dropout = CONDITION_DROPOUT if split == "train" else 0.0
-        self.empty_context = read_array(empty_context_path(folder), config.context_shape).astype("float32")
+        self.empty_context = read_floats(empty_context_path(folder), config.context_shape)
 
     def __len__(self) -> int:
         return len(self.captions)
@@ -78,7 +80,7 @@ class CocoFeatures(FeatureStore):
         dropped = rng.random() < self.dropout
         return {
             "latents": sample_moments(self._moments(index), noise) * self.scaling_factor,
-            "contexts": self.empty_context if dropped else self._context(index, caption).astype("float32"),
+            "contexts": self.empty_context if dropped else self._context(index, caption),
         }
 
     def draw_contexts(self, indices: Sequence[int], generators: Sequence[np.random.Generator]) -> np.ndarray:
@@ -87,7 +89,7 @@ class CocoFeatures(FeatureStore):
             self._context(index, int(rng.integers(self.captions[index])))
             for index, rng in zip(indices, generators, strict=True)
         )
-        return np.stack(list(drawn)).astype("float32")
+        return np.stack(list(drawn))
 
     def settings(self) -> dict[str, str]:
         """What `draw_contexts` is a function of: a checksum of some contexts, and of how many there are of each image.
@@ -96,14 +98,16 @@ class CocoFeatures(FeatureStore):
         """
         digest = hashlib.sha256(np.asarray(self.captions, np.int64).tobytes())
         for context in [self.empty_context, *(self._context(i, 0) for i in images_to_check(len(self)).tolist())]:
-            digest.update(context.astype("float32").tobytes())
+            digest.update(context.tobytes())
         return {"captions": digest.hexdigest()}
 
     @abstractmethod
-    def _moments(self, index: int) -> np.ndarray: ...
+    def _moments(self, index: int) -> np.ndarray:
+        """Float32 [2 C, H, W]."""
 
     @abstractmethod
-    def _context(self, index: int, caption: int) -> np.ndarray: ...
+    def _context(self, index: int, caption: int) -> np.ndarray:
+        """Float32 [L, D]."""
 
 
 class CocoFileFeatures(CocoFeatures):
@@ -115,21 +119,20 @@ class CocoFileFeatures(CocoFeatures):
 
     def __init__(self, folder: Path, config: UViTConfig, split: str):
         super().__init__(folder, config, split)
-        for kind in ("images", "captions"):
-            if (manifest := manifest_path(folder, split, kind)).exists():
-                skipped_images(read_manifest(manifest), manifest)
         self.folder = folder / split
         self.captions = count_captions(self.folder)
+        for kind, count in (("images", len(self)), ("captions", int(self.captions.sum()))):
+            check_complete(manifest_path(folder, split, kind), kind, count)
         for index in images_to_check(len(self)).tolist():
             self._moments(index)
             for caption in range(self.captions[index]):
                 self._context(index, caption)
 
     def _moments(self, index: int) -> np.ndarray:
-        return read_array(self.folder / image_name(index), self.moments_shape)
+        return read_floats(self.folder / image_name(index), self.moments_shape)
 
     def _context(self, index: int, caption: int) -> np.ndarray:
-        return read_array(self.folder / caption_name(index, caption), self.context_shape)
+        return read_floats(self.folder / caption_name(index, caption), self.context_shape)
 
 
 class PackedCocoFeatures(CocoFeatures):
@@ -179,8 +182,10 @@ class PackedCocoFeatures(CocoFeatures):
 
 
 def _check_present(folder: Path, split: str) -> None:
-    for partial in sorted((folder / split).glob("*.partial")):
-        raise InputError(f"{partial} is there: the extraction is not complete; run the same command again")
+    for kind in ("images", "captions"):
+        partial = packed_folder(folder, split, f"{kind}.partial")
+        if partial.exists():
+            raise InputError(f"{partial} is there: the extraction is not complete; run the same command again")
     if (folder / split).is_dir():
         return
     names = sorted(path.name for path in folder.iterdir()) if folder.is_dir() else []

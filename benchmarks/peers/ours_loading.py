@@ -37,7 +37,8 @@ def main() -> None:
 def training_epochs(store, batches: int, workers: int):
     """Both in one stream, so that workers start once."""
     from dit.objective import make_objective
-    from latent_diffusion.features import StreamBatchSampler, TrainingLoader, TrainingStream
+    from latent_diffusion.features import TrainingStream
+    from latent_diffusion.loader import StreamBatchSampler, TrainingLoader
 
     stream = TrainingStream(store, make_objective(), seed=0)
     loader = iter(TrainingLoader(stream, StreamBatchSampler(BATCH_SIZE, 0, 2 * batches), workers))

@@ -1,7 +1,8 @@
 """CLIP score: how well images fit their texts (Hessel et al., arXiv:2104.08718)."""
 
+import contextlib
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +14,16 @@ from ..checkpoint import set_weights
 from ..errors import InputError
 from ..extraction import batches
 from ..hub import existing_file, local_folder, read_json
-from ..pretrained import checksum
+from ..pretrained import check_size, checksum
 from ..runtime import import_paddlenlp
-from ..text_encoder import CLIP_WEIGHT_FILES, check_vocabulary, load_tokenizer, read_clip_weights, text_settings
+from ..text_encoder import (
+    CLIP_WEIGHT_FILES,
+    check_vocabulary,
+    least_weights,
+    load_tokenizer,
+    read_clip_weights,
+    text_settings,
+)
 from .extractor import Extractor
 
 # Its name in errors.
@@ -143,9 +151,10 @@ def _load_networks(folder: Path) -> tuple[Any, Any]:
     """The text and the vision network of ppdiffusers, in eval mode."""
     source = existing_file(folder, (_CONFIG,), _MODEL)
     file = existing_file(folder, CLIP_WEIGHT_FILES, _MODEL)
-    text, vision = networks = _build(read_json(source), source)
+    settings = _settings(read_json(source), source)
     # What scales the cosines in training is not used.
-    weights = read_clip_weights(file, text.config.intermediate_size, left_out=("logit_scale",))
+    weights = read_clip_weights(file, settings[0].intermediate_size, left_out=("logit_scale",))
+    text, vision = networks = _build(*settings, weights, source)
     set_weights(text, {name: value for name, value in weights.items() if name.startswith("text_")}, file)
     set_weights(vision, {name: value for name, value in weights.items() if not name.startswith("text_")}, file)
     for network in networks:
@@ -153,16 +162,10 @@ def _load_networks(folder: Path) -> tuple[Any, Any]:
     return networks
 
 
-def _build(config: dict, source: Path) -> tuple[Any, Any]:
-    """Both networks with new weights; `source` names the configuration in errors."""
+def _settings(config: dict, source: Path) -> tuple[Any, Any]:
+    """The configurations of both networks; `source` names the file in errors."""
     import_paddlenlp()
-    from paddlenlp.transformers.model_utils import no_init_weights
-    from ppdiffusers.transformers import (
-        CLIPTextConfig,
-        CLIPTextModelWithProjection,
-        CLIPVisionConfig,
-        CLIPVisionModelWithProjection,
-    )
+    from ppdiffusers.transformers import CLIPTextConfig, CLIPVisionConfig
 
     if not isinstance(vision := config.get("vision_config"), dict):
         raise InputError(
@@ -171,14 +174,28 @@ def _build(config: dict, source: Path) -> tuple[Any, Any]:
     vision_settings = {key: vision[key] for key in _VISION_KEYS if key in vision}
     # Each part has an entry of its own that a whole CLIP does not use. 512 is the default of all libraries.
     shared = {"projection_dim": config.get("projection_dim", 512)}
+    with _describing(source):
+        return CLIPTextConfig(**text_settings(config) | shared), CLIPVisionConfig(**vision_settings | shared)
+
+
+def _build(text: Any, vision: Any, weights: dict[str, np.ndarray], source: Path) -> tuple[Any, Any]:
+    """Both networks, to be given the weights."""
+    from paddlenlp.transformers.model_utils import no_init_weights
+    from ppdiffusers.transformers import CLIPTextModelWithProjection, CLIPVisionModelWithProjection
+
+    with _describing(source), no_init_weights():
+        projections = abs(text.projection_dim) * (text.hidden_size + vision.hidden_size)
+        layers = abs(text.num_hidden_layers) + abs(vision.num_hidden_layers)
+        check_size(weights, least_weights(text) + least_weights(vision) + projections, layers)
+        return CLIPTextModelWithProjection(text), CLIPVisionModelWithProjection(vision)
+
+
+@contextlib.contextmanager
+def _describing(source: Path) -> Iterator[None]:
     try:
-        with no_init_weights():
-            return (
-                CLIPTextModelWithProjection(CLIPTextConfig(**text_settings(config) | shared)),
-                CLIPVisionModelWithProjection(CLIPVisionConfig(**vision_settings | shared)),
-            )
-    except Exception as error:  # a wrong value can make its layers raise anything
-        raise InputError(f"{source} does not describe a CLIP: {error}") from error
+        yield
+    except Exception as error:  # a wrong value can make configurations and layers raise anything
+        raise InputError(f"{source} does not describe a CLIP: {' '.join(str(error).split())}") from error
 
 
 def _normalization(folder: Path, side: int) -> tuple[Sequence[float], Sequence[float]]:

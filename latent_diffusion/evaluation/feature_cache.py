@@ -17,7 +17,9 @@ from .. import distributed
 from ..errors import InputError
 from ..extraction import claim_share
 from ..files import preparing_folder, write_json
+from ..npy import read_header
 from ..progress import progress
+from ..reading import open_regular
 from ..row_files import allocate, write_rows
 from .extractor import Extractor
 from .image_set import ImageSet
@@ -121,10 +123,10 @@ class FeatureCache:
     def _open(self, name: str, shape: tuple[int, ...]) -> np.ndarray:
         path = self.path / name
         try:
-            array = np.load(path, mmap_mode="r", allow_pickle=False)
-            complete = array.shape == shape and path.stat().st_size == array.offset + array.nbytes
-        except (OSError, ValueError, EOFError):
-            complete = False
-        if not complete:
+            with open_regular(path) as file:
+                found = read_header(file)
+        except (OSError, ValueError):
+            found = None
+        if found is None or found.shape != shape:
             raise InputError(f"{path} is damaged; remove the folder {self.path} and run again")
-        return array
+        return np.load(path, mmap_mode="r", allow_pickle=False)

@@ -12,7 +12,8 @@ from PIL import Image
 from ..errors import InputError
 from ..extraction import ImageSource
 from ..files import in_order
-from ..images import EXTENSIONS, Crop, images_below
+from ..images import EXTENSIONS, MAX_PIXELS, Crop, images_below, open_image
+from ..reading import naming_errors
 from .npz import SUFFIX, array_header, opened_array
 
 ARRAY = "arr_0"
@@ -58,11 +59,12 @@ def open_images(path: Path, crop_to: tuple[int, Crop] | None = None, workers: in
     Raises:
         InputError: there is no such thing, or it holds no images.
     """
-    if path.is_dir():
-        return ImageFolder(path, crop_to, workers)
-    if path.suffix == SUFFIX and path.is_file():
-        return ImageArchive(path, crop_to)
-    kind = "is no folder of images and no .npz file" if path.exists() else "does not exist"
+    with naming_errors(path):
+        if path.is_dir():
+            return ImageFolder(path, crop_to, workers)
+        if path.suffix == SUFFIX and path.is_file():
+            return ImageArchive(path, crop_to)
+        kind = "is no folder of images and no .npz file" if path.exists() else "does not exist"
     raise InputError(f"{path} {kind}; give a folder of images, an .npz with {ARRAY}, or a file of saved statistics")
 
 
@@ -95,10 +97,10 @@ class ImageFolder(ImageSet):
 
 def _size(path: Path) -> tuple[int, int]:
     try:
-        with Image.open(path) as image:
+        with open_image(path) as image:
             return image.size
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError):
-        raise InputError(f"cannot read the image {path}: it is damaged or of an unknown format") from None
+    except Exception as error:  # a damaged file can make Pillow raise anything
+        raise InputError(f"cannot read the image {path}: {' '.join(str(error).split())}") from None
 
 
 def image_files(folder: Path) -> list[Path]:
@@ -125,6 +127,8 @@ class ImageArchive(ImageSet):
         if header.dtype != np.uint8 or len(shape) != 4 or shape[3] != 3 or 0 in shape or header.fortran_order:
             order = " in Fortran's order" if header.fortran_order else ""
             raise InputError(f"{ARRAY} in {path} is {header}{order}; images are uint8 [N, height, width, 3]")
+        if shape[1] * shape[2] > MAX_PIXELS:
+            raise InputError(f"{ARRAY} in {path} has images of {shape[2]}x{shape[1]} pixels; {MAX_PIXELS} can be read")
         self.count, self._shape = shape[0], shape[1:]
         self.size = (crop_to[0], crop_to[0]) if crop_to else (shape[2], shape[1])
         self.fingerprint = _digest(path, _crop_name(crop_to), _stamp(path))

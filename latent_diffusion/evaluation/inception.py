@@ -277,8 +277,9 @@ def load_network(weights: Path | None = None) -> InceptionNetwork:
         InputError: there is none, it cannot be read, or it holds other weights.
     """
     path = weights or find_published(FILE_NAMES, "the Inception network", PUBLISHED_ADDRESS)
+    weights = transpose_linear(_without_unused(plain_weights(read_weights(path))))
     network = InceptionNetwork()
-    set_weights(network, transpose_linear(_without_unused(plain_weights(read_weights(path)))), path)
+    set_weights(network, weights, path)
     return network
 
 

@@ -11,8 +11,12 @@ from typing import BinaryIO
 import numpy as np
 
 from ..errors import InputError
+from ..reading import open_regular
 
 SUFFIX = ".npz"
+
+# Those of `numpy.savez` and `numpy.savez_compressed`; others can make far more of a byte.
+_COMPRESSIONS = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)
 
 
 @dataclass(frozen=True)
@@ -43,7 +47,7 @@ def array_names(path: Path) -> set[str]:
     Raises:
         InputError: it cannot be read.
     """
-    with _reading(path), zipfile.ZipFile(path) as archive:
+    with _reading(path), open_regular(path) as file, zipfile.ZipFile(file) as archive:
         return {name.removesuffix(".npy") for name in archive.namelist() if name.endswith(".npy")}
 
 
@@ -75,8 +79,10 @@ def opened_array(path: Path, name: str) -> Iterator[tuple[BinaryIO, Header]]:
     Raises:
         InputError: there is no such array, it holds objects, or it is damaged.
     """
-    with _reading(path, name), zipfile.ZipFile(path) as archive:
+    with _reading(path, name), open_regular(path) as file, zipfile.ZipFile(file) as archive:
         member = archive.getinfo(f"{name}.npy")
+        if member.compress_type not in _COMPRESSIONS:
+            raise ValueError("it is compressed in a way that NumPy never does")
         with archive.open(member) as stream:
             header = _read_header(stream)
             if header.dtype.hasobject:

@@ -5,6 +5,7 @@
 """
 
 import csv
+import io
 import itertools
 import math
 from collections.abc import Sequence
@@ -14,6 +15,7 @@ from pathlib import Path
 from ..errors import InputError
 from ..files import replace_file
 from ..guidance import ALL_STEPS
+from ..reading import MAX_TEXT, read_bytes
 
 
 @dataclass(frozen=True)
@@ -111,8 +113,7 @@ class Table:
 
     def _read(self) -> list[Row]:
         try:
-            with self.path.open(newline="") as file:
-                header, *lines = csv.reader(file)
+            header, *lines = csv.reader(io.StringIO(read_bytes(self.path, MAX_TEXT).decode(), newline=""))
         except (OSError, ValueError, csv.Error) as error:
             raise InputError(f"cannot read the table {self.path}: {error}; move it away") from None
         if header != COLUMNS:

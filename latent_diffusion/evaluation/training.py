@@ -6,6 +6,7 @@
 """
 
 import contextlib
+import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -82,14 +83,21 @@ class TrainingEvaluation:
         counts = {reference.name: reference.moments_count, "each evaluation": flags.samples}
         self.notes = [note for name, count in counts.items() for note in few_images(name, count, extractor)]
 
-    def keep_best_in(self, folder: Path) -> None:
+    def keep_best_in(self, folder: Path, after: int) -> None:
         """Says where `best` is kept, and takes over the one that an earlier part of the run left there.
+
+        Args:
+            folder: of the run.
+            after: the step that the run goes on from; a best of a later step is about to be moved aside.
 
         Raises:
             InputError: its distance cannot be compared with those of this run, or something else is there.
         """
         self._folder, self._best = folder, checkpoint.read_best(folder)
         path = folder / checkpoint.BEST
+        if self._best is not None and self._best["step"] > after:
+            self._best = None
+            return
         if self._best is None:
             if path.exists():
                 raise InputError(f"{path} holds no {checkpoint.EVALUATION}: it would be replaced; move it away")
@@ -104,20 +112,28 @@ class TrainingEvaluation:
         """Whether there is an evaluation after this step: every so many steps and after the last one."""
         return step % self._every == 0 or step == last
 
-    def run(self, step: int, model: paddle.nn.Layer, ema: EMA | None) -> Evaluation | None:
+    def run(
+        self, step: int, model: paddle.nn.Layer, ema: EMA | None, is_to_stop: Callable[[], bool] = lambda: False
+    ) -> Evaluation | None:
         """Evaluates the averaged weights, or the raw ones without an average. All processes call it together.
+
+        Where one of them is to stop, all leave the rest of the evaluation out.
 
         Args:
             step: how many steps the network has been trained for.
             model: with whole weights; its `config` has `save`. It is left as it was.
             ema: its average, or None.
+            is_to_stop: asked between batches.
 
         Returns:
             What was found, to be logged by the first process; None in the others.
         """
         start = time.monotonic()
         with ema.applied() if ema else contextlib.nullcontext(model) as averaged:
-            features = self._features(averaged, step)
+            features = self._features(averaged, step, is_to_stop)
+        if features is None:
+            left_out = Evaluation(None, f"step {step}: the evaluation is left out, the run is to stop")
+            return left_out if paddle.distributed.get_rank() == 0 else None
         found = None
         if paddle.distributed.get_rank() == 0:
             text, distance = self._judge(step, features, model, ema)
@@ -126,15 +142,22 @@ class TrainingEvaluation:
         distributed.barrier()
         return found
 
-    def _features(self, model: paddle.nn.Layer, step: int) -> np.ndarray:
-        """Features of all samples, float32 [N, D], each made by one process; NaN for images that are not finite."""
+    def _features(self, model: paddle.nn.Layer, step: int, is_to_stop: Callable[[], bool]) -> np.ndarray | None:
+        """Features of all samples, float32 [N, D], each made by one process; NaN for images that are not finite.
+
+        None where a process is to stop.
+        """
         rank, world_size = distributed.start()
         features = np.zeros((self._count, self._extractor.widths["features"]), np.float32)
-        own = batches(self._count, BATCH_SIZE)[rank::world_size]
+        all_batches = batches(self._count, BATCH_SIZE)
+        own = all_batches[rank::world_size]
         with progress(sum(map(len, own)), f"samples of step {step}", "image") as bar:
-            for batch in own:
-                features[batch.start : batch.stop] = self._features_of(model, batch)
-                bar.update(len(batch))
+            for turn in range(math.ceil(len(all_batches) / world_size)):
+                if any(distributed.gather("stop" if is_to_stop() else "")):
+                    return None
+                for batch in own[turn : turn + 1]:
+                    features[batch.start : batch.stop] = self._features_of(model, batch)
+                    bar.update(len(batch))
         return _summed(features)
 
     def _features_of(self, model: paddle.nn.Layer, batch: range) -> np.ndarray | float:
@@ -160,10 +183,14 @@ class TrainingEvaluation:
         text = f"{name} of {self._count} samples {distance:.5g}"
         if self._best is not None and self._best["fid"] <= distance:
             return f"{text}, best {self._best['fid']:.5g} at step {self._best['step']}", distance
-        self._best = {"step": step, "fid": distance} | self._settings()
-        with new_folder(self._folder / checkpoint.BEST, checkpoint.EVALUATION) as folder:
-            checkpoint.write_weights(folder, model, ema)
-            write_json(folder / checkpoint.EVALUATION, self._best)
+        best = {"step": step, "fid": distance} | self._settings()
+        try:
+            with new_folder(self._folder / checkpoint.BEST, checkpoint.EVALUATION) as folder:
+                checkpoint.write_weights(folder, model, ema)
+                write_json(folder / checkpoint.EVALUATION, best)
+        except (OSError, InputError) as error:  # a full disk, say, which must not end the run
+            return f"{text}, the best so far, but it cannot be saved ({error})", distance
+        self._best = best
         return f"{text}, the best so far", distance
 
     def _settings(self) -> dict[str, int | float | str]:

@@ -4,10 +4,13 @@
  * change, but for `product`, whose order is oneDNN's.  `library.py` builds this file, `functions.py` has the shapes and the
  * gradients.
  */
+#include <errno.h>
+#include <float.h>
 #include <math.h>
 #include <omp.h>
 #include <stdint.h>
 #include <string.h>
+#include <unistd.h>
 
 #define BLOCK 64 /* columns that one thread sums at a time, and rows it sums before they join the total */
 
@@ -350,6 +353,51 @@ int product(float *out, void *a, void *b, int64_t m, int64_t n, int64_t k, int64
 void lerp(float *average, const float *value, float weight, int64_t n) {
 #pragma omp parallel for simd
     for (int64_t i = 0; i < n; i++) average[i] += weight * (value[i] - average[i]);
+}
+
+/* Whether all these bytes of a file could be read; a short answer is no error, the end of the file is. */
+static int read_bytes(int file, void *out, int64_t size, int64_t position) {
+    for (int64_t done = 0; done < size;) {
+        ssize_t got = pread(file, (char *)out + done, size - done, position + done);
+        if (got == 0 || (got < 0 && errno != EINTR)) return 0;
+        if (got > 0) done += got;
+    }
+    return 1;
+}
+
+#define PART 8192 /* float16 values that are read before they are converted: they stay in the cache */
+
+/* As `read_bytes`, of n float16 values, converted to float32. Infinity becomes 65536, and NaN more. */
+static int read_halves(int file, float *out, int64_t n, int64_t position) {
+    uint16_t halves[PART];
+    for (int64_t first = 0; first < n; first += PART) {
+        int64_t count = n - first < PART ? n - first : PART;
+        if (!read_bytes(file, halves, count * sizeof *halves, position + first * sizeof *halves)) return 0;
+        for (int64_t i = 0; i < count; i++) {
+            /* Sign, exponent and fraction to where a float32 has them; its exponent's bias is 127, not 15. */
+            uint32_t bits = (uint32_t)(int16_t)halves[i] << 13 & 0x8fffe000;
+            float shifted;
+            memcpy(&shifted, &bits, sizeof shifted);
+            out[first + i] = shifted * 0x1p112f;
+        }
+    }
+    return 1;
+}
+
+/* Reads n records of `count` values, float16 if `half` or else float32, each at a position of a file, to float32.
+ * Returns whether all could be read and are finite. One thread, since a forked process can start none of OpenMP's. */
+int read_records(float *out, const int32_t *files, const int64_t *positions, int64_t n, int64_t count, int64_t half) {
+    const float largest = half ? 65504.0f : FLT_MAX;
+    for (int64_t r = 0; r < n; r++) {
+        float *record = out + r * count;
+        if (!(half ? read_halves(files[r], record, count, positions[r])
+                   : read_bytes(files[r], record, count * sizeof *record, positions[r])))
+            return 0;
+        int finite = 1;
+        for (int64_t i = 0; i < count; i++) finite &= fabsf(record[i]) <= largest;
+        if (!finite) return 0;
+    }
+    return 1;
 }
 
 /* How many threads a kernel takes. */

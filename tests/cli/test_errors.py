@@ -14,13 +14,13 @@ BAD = {
     "nothing to do": "give --do_train",
     "missing features": "nowhere/imagenet64_features does not exist",
     "bad config": "bad.json lacks the key 'patch_size'",
-    "no checkpoint to resume": "--resume_from_checkpoint nowhere is not a complete checkpoint folder",
+    "no checkpoint to resume": "nowhere has no manifest.json: it is not a complete checkpoint",
     "nothing to convert": "the model file nowhere does not exist",
     "extraction without images": "the following arguments are required: --data-path",
     "sharding alone": "--sharding needs several processes",
     "saving by epochs": "--save_strategy epoch is not supported",
     "evaluation": "--evaluation_strategy and --load_best_model_at_end are not supported",
-    "output below a file": "cannot make the output folder bad.json/out",
+    "output below a file": "cannot make or write into the folder bad.json/out",
     "export over something else": "exists and holds no model_index.json",
 }
 

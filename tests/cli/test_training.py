@@ -90,9 +90,25 @@ def later(root, runs, train_command, tmp_path_factory, vae_folder, evaluation_fl
                 root / "finished", *EIGHT, *FAST, "--report_to", "none", "--image_logging_steps", 1
             ),
             "rewound": train_command(
-                root / "rewound", *FOUR, *FAST, "--resume_from_checkpoint", "out/checkpoint-2", "--max_steps", 3
+                root / "rewound",
+                *FOUR,
+                *FAST,
+                "--max_steps",
+                3,
+                "--resume_from_checkpoint",
+                "../rewound/out/checkpoint-2",
+                "--save_total_limit",
+                1,
             ),
-            "other_model": train_command(root / "other_model", *EIGHT, *FAST, "--config_file", other),
+            "other_model": train_command(
+                root / "other_model",
+                *EIGHT,
+                *FAST,
+                "--config_file",
+                other,
+                "--resume_from_checkpoint",
+                "out/checkpoint-2",
+            ),
             "one_resumed": train_command(root / "one_resumed", *EIGHT, *FAST, *sampling),
             "exploding": train_command(root / "exploding", *EIGHT, "--learning_rate", "1e30", "--save_steps", 2),
             "bad_file": train_command(
@@ -162,6 +178,7 @@ def test_a_checkpoint_has_its_files(root, runs):
     assert files == {
         "config.json",
         "ema_state.pdparams",
+        "manifest.json",
         "model_state.pdparams",
         "optimizer.pdopt",
         "rng_state.pth",
@@ -298,7 +315,7 @@ def test_a_loss_that_is_not_finite_ends_the_run(root, later):
     result = later["exploding"]
     assert result.code == 1
     errors = [line for line in result.err.splitlines() if line.strip()]
-    assert len(errors) == 1 and errors[0].startswith("error:") and "is not finite at step 4;" in errors[0]
+    assert len(errors) == 1 and errors[0].startswith("error:") and "is not finite at step 4 (" in errors[0]
     assert checkpoints(root / "exploding") == ["checkpoint-2"]
     assert content(root / "exploding/out/checkpoint-2") == content(root / "one/out/checkpoint-2")
 
@@ -331,14 +348,14 @@ def test_a_finished_run_says_so_and_changes_nothing(root, later):
 def test_resuming_from_an_earlier_checkpoint_sets_the_later_ones_aside(root, later):
     result = later["rewound"].ok()
     assert "overwritten-1" in result.err and "the order of data changes" in result.err
-    assert checkpoints(root / "rewound") == ["checkpoint-2", "checkpoint-3"]
+    assert checkpoints(root / "rewound") == ["checkpoint-3"]
     aside = root / "rewound/out/overwritten-1"
     assert content(aside / "best") == content(root / "one/out/best")
     assert content(aside / "checkpoint-4") == content(root / "one/out/checkpoint-4")
 
 
 def test_a_checkpoint_of_another_model_is_not_resumed(root, later):
-    """Heads of another width have the same weights: only the configuration tells."""
+    """Heads of another width have the same weights: only the configuration tells. Nothing is moved aside for it."""
     result = later["other_model"]
     assert result.code == 1
     (line,) = [line for line in result.err.splitlines() if line.startswith("error:")]

@@ -132,6 +132,28 @@ def test_what_cannot_be_converted_is_named(tmp_path):
     (tmp_path / "files/imagenet64_labels/99.npy").touch()
     (tmp_path / "files/imagenet64_features_flip/99.npy").touch()
     refused("files", "packed", "99.npy is no file of the 12")
+    extracted(tmp_path / "others", FeatureFilesWriter)
+    for path in (tmp_path / "others").glob("*/3.npy"):
+        path.unlink()
+    refused("others", "packed", "says there are 12 images, 0 of them skipped, but there are 11")
+    (tmp_path / "foreign/imagenet64_features/0.npy").write_bytes(b"")
+    refused("foreign", "packed", "cannot read the feature file .*0.npy", scaling_factor=1.0)
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"records": 10**15}, "says there are 1000000000000000 images, 0 of them skipped, but there are 12"),
+        ({"sha256": None}, "has no checksum of the features"),
+        ({"scaling_factor": 10**400}, "for 'scaling_factor', which cannot be"),
+    ],
+)
+def test_a_manifest_that_cannot_be_is_refused_at_once(tmp_path, values, message):
+    extracted(tmp_path / "files", FeatureFilesWriter)
+    manifest = tmp_path / "files/imagenet64_manifest.json"
+    manifest.write_text(json.dumps(json.loads(manifest.read_text()) | values))
+    with pytest.raises(InputError, match=message):
+        convert_features(tmp_path / "files", tmp_path / "packed", "packed")
 
 
 def test_an_unfinished_extraction_is_not_converted(tmp_path):

@@ -1,3 +1,4 @@
+import json
 from pathlib import Path
 
 import numpy as np
@@ -9,7 +10,8 @@ from dit.feature_files import feature_folders
 from dit.features import FastDiTFeatures, PackedFeatures, open_features
 from latent_diffusion import features, packed
 from latent_diffusion.errors import InputError
-from latent_diffusion.features import StreamBatchSampler, TrainingLoader, TrainingStream
+from latent_diffusion.features import TrainingStream
+from latent_diffusion.loader import StreamBatchSampler, TrainingLoader
 from latent_diffusion.objectives import LearnedRangeDDPM
 from latent_diffusion.packed import PackedWriter
 from latent_diffusion.records import ImageContents
@@ -141,6 +143,28 @@ def test_a_bad_file_met_later_is_named(tmp_path, monkeypatch, workers):
     assert str(bad) in str(error.value) and "\n" not in str(error.value)
 
 
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"skipped": [], "images": 11}, "says there are 11 images, but there are 10; restore the others"),
+        ({"images": 10}, "the extraction is not complete"),
+        ({"skipped": [], "images": "10"}, "has '10' for 'images', which cannot be"),
+    ],
+)
+def test_fewer_files_than_the_manifest_says_are_refused(tmp_path, values, message):
+    """A label and its latents, both lost, would be missed by nobody."""
+    write(tmp_path, range(10))
+    (tmp_path / "imagenet64_manifest.json").write_text(json.dumps(values))
+    with pytest.raises(InputError, match=message):
+        FastDiTFeatures(tmp_path, config())
+
+
+def test_files_may_be_added_to_those_of_the_manifest(tmp_path):
+    write(tmp_path, range(10))
+    (tmp_path / "imagenet64_manifest.json").write_text(json.dumps({"skipped": [], "images": 9}))
+    assert len(FastDiTFeatures(tmp_path, config())) == 10
+
+
 # A packed image: channel means and standard deviations of its posterior; its mirror has the negative means.
 MEANS, STDS = np.array([3.0, -1.0, 0.5, 10.0]), np.array([0.5, 1.0, 2.0, 0.1])
 
@@ -234,6 +258,7 @@ def test_packed_features_of_no_image_are_refused(tmp_path):
 @pytest.mark.parametrize("workers", [0, 2])
 def test_a_bad_record_met_later_is_named(tmp_path, monkeypatch, workers):
     monkeypatch.setattr(packed, "RECORDS_PER_SHARD", 4)
+    monkeypatch.setattr(packed, "HEAD_BYTES", 128)
     write_packed(tmp_path, count=10)
     shard = np.load(tmp_path / "shard-00001.npy", mmap_mode="r+")
     shard[2] = np.nan

@@ -138,7 +138,7 @@ def test_files_of_mindspore_are_refused(weights):
 
 @pytest.mark.parametrize("scale", ["0", "-1", "nan", "inf"])
 def test_a_scale_that_is_not_positive_is_refused(scale):
-    with pytest.raises(InputError, match=f"--sd-scale-factor must be positive and finite, not {float(scale)}"):
+    with pytest.raises(InputError, match=f"--sd-scale-factor:? must be .*finite.*, not {scale}"):
         check_sampling_arguments(parse("--sd-scale-factor", scale))
 
 

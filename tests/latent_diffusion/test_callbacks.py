@@ -16,7 +16,7 @@ class Writer:
 
 
 def step(callback, number, model):
-    state = SimpleNamespace(global_step=number, is_world_process_zero=True)
+    state = SimpleNamespace(global_step=number, max_steps=9, is_world_process_zero=True)
     callback.on_step_end(None, state, None, model=model)
 
 
@@ -36,7 +36,7 @@ def test_images_are_drawn_with_the_averaged_weights():
     model.weight.set_value(model.weight + 1.0)
     writer = Writer()
     drawn = lambda net: {"grid": net.weight.numpy().copy()}  # noqa: E731
-    callback = ImageLoggingCallback(drawn, 5, ema, SimpleNamespace(vdl_writer=writer))
+    callback = ImageLoggingCallback(drawn, lambda step, last: step == 5, ema, SimpleNamespace(vdl_writer=writer))
     for number in (4, 5, 6):
         step(callback, number, model)
     ((tag, image, number),) = writer.images
@@ -49,7 +49,7 @@ def test_a_failure_to_draw_is_said_once_and_does_not_end_the_run(capsys):
     def fail(model):
         raise MemoryError("no room")
 
-    callback = ImageLoggingCallback(fail, 1, None, SimpleNamespace(vdl_writer=Writer()))
+    callback = ImageLoggingCallback(fail, lambda step, last: True, None, SimpleNamespace(vdl_writer=Writer()))
     for number in (1, 2, 3):
         step(callback, number, paddle.nn.Linear(2, 2))
     (line,) = capsys.readouterr().err.splitlines()

@@ -1,6 +1,8 @@
+from pathlib import Path
+
 import pytest
 
-from latent_diffusion.command_line import ArgumentParser
+from latent_diffusion.command_line import ArgumentParser, check_number
 from latent_diffusion.errors import InputError
 
 
@@ -86,3 +88,34 @@ def test_a_bad_file_is_one_sentence(parse, yaml, message):
 def test_a_missing_file_is_named(parse):
     with pytest.raises(InputError, match=r"cannot read the configuration file nowhere\.yaml"):
         parse("-c", "nowhere.yaml")
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--path", ""], "argument --path: must not be empty; leave the flag out"),
+        (["--rate", "nan"], "argument --rate: must be finite and below 3e\\+38, not nan"),
+        (["--rate=-inf"], "argument --rate: must be finite"),
+        (["--count", "9223372036854775808"], "argument --count: must be finite and below 9e\\+18"),
+    ],
+)
+def test_values_that_no_flag_can_have_are_refused(flags, message):
+    parser = ArgumentParser()
+    parser.add_argument("--path", type=Path)
+    parser.add_argument("--rate", type=float)
+    parser.add_argument("--count", type=int)
+    with pytest.raises(InputError, match=message):
+        parser.parse_args(flags)
+
+
+def test_an_empty_text_may_be_the_default():
+    parser = ArgumentParser()
+    parser.add_argument("--device", default="cpu or gpu")
+    parser.add_argument("--sharding", default="")
+    assert parser.parse_args(["--sharding", ""]).sharding == ""
+
+
+@pytest.mark.parametrize("value", [0, 10, float("nan")])
+def test_a_number_out_of_its_range_is_refused(value):
+    with pytest.raises(InputError, match=f"--steps must be at least 1 and less than 10, not {value}"):
+        check_number("--steps", value, 1, 10)

@@ -10,7 +10,7 @@ from latent_diffusion.experiment import find_checkpoint, new_experiment
 def complete(folder: Path, step: int) -> Path:
     path = folder / f"checkpoint-{step}"
     path.mkdir(parents=True)
-    (path / checkpoint.TRAINER_STATE).touch()
+    checkpoint.write_manifest(path, checkpoint.Progress(step, 8 * step, 0))
     return path
 
 

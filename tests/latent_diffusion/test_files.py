@@ -1,10 +1,15 @@
+import os
+import socket
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
 from latent_diffusion import files
 from latent_diffusion.errors import InputError
-from latent_diffusion.files import new_folder, preparing_folder, publish_folder, replace_file
+from latent_diffusion.files import locked_folder, new_folder, preparing_folder, publish_folder, replace_file
+from tests.cli.commands import REPOSITORY
 
 
 def content(folder: Path) -> dict[str, str]:
@@ -42,7 +47,7 @@ def test_a_failed_flush_leaves_the_old_file(tmp_path, monkeypatch):
     path.write_text("old")
 
     def fail(descriptor):
-        raise OSError("input/output error")
+        raise OSError(5, "input/output error")
 
     monkeypatch.setattr(files.os, "fsync", fail)
     with pytest.raises(OSError, match="input/output"):
@@ -116,7 +121,7 @@ def test_a_folder_that_cannot_be_made_durable_is_not_published(tmp_path, monkeyp
         (folder / "a.txt").write_text(text)
 
     def fail(descriptor):
-        raise OSError("input/output error")
+        raise OSError(5, "input/output error")
 
     monkeypatch.setattr(files.os, "fsync", fail)
     with pytest.raises(OSError, match="input/output"):
@@ -124,7 +129,73 @@ def test_a_folder_that_cannot_be_made_durable_is_not_published(tmp_path, monkeyp
     assert content(target) == {"a.txt": "old"}
 
 
-def test_a_failed_rename_puts_the_old_folder_back(tmp_path, monkeypatch):
+@pytest.fixture
+def no_exchange(monkeypatch):
+    """As on a network disk, which cannot let two folders change places."""
+    monkeypatch.setattr(files, "_exchange", lambda one, other: False)
+
+
+def test_a_folder_is_replaced_where_two_cannot_change_places(tmp_path, no_exchange):
+    test_a_folder_takes_the_place_of_the_old_one(tmp_path)
+
+
+def test_a_folder_that_is_replaced_is_always_there(tmp_path, monkeypatch):
+    """Its former and its new content change places in one step: no rename takes it away."""
+    staging, target = tmp_path / ".staging", tmp_path / "folder"
+    for folder, text in ((staging, "new"), (target, "old")):
+        folder.mkdir()
+        (folder / "a.txt").write_text(text)
+    monkeypatch.setattr(Path, "rename", lambda *_: pytest.fail("a rename"))
+    publish_folder(staging, target)
+    assert content(tmp_path) == {"folder/a.txt": "new"}
+
+
+def test_a_folder_that_a_killed_process_took_away_comes_back(tmp_path, no_exchange):
+    target = tmp_path / "folder"
+    former = tmp_path / ".folder.old"
+    former.mkdir()
+    (former / "kind.json").write_text("old")
+    with pytest.raises(ValueError, match="half way"), new_folder(target, "kind.json"):
+        assert content(target) == {"kind.json": "old"}
+        raise ValueError("half way")
+    assert content(tmp_path) == {"folder/kind.json": "old"}
+
+
+def test_a_locked_folder_is_refused_to_others_and_free_afterwards(tmp_path):
+    folder = tmp_path / "out"
+    code = f"""
+from pathlib import Path
+from latent_diffusion.errors import InputError
+from latent_diffusion.files import locked_folder
+try:
+    with locked_folder(Path({str(folder)!r}), patience=0.2):
+        print("locked")
+except InputError as error:
+    print(error)
+"""
+
+    def other() -> str:
+        done = subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, capture_output=True, text=True, check=True)
+        return done.stdout.strip()
+
+    with locked_folder(folder):
+        holder = f"process {os.getpid()} on {socket.gethostname()}"
+        assert other() == f"{holder} is writing into {folder}; stop it, or choose another folder"
+    assert other() == "locked"
+
+
+def test_a_folder_made_for_its_lock_goes_with_it_if_nothing_came_of_it(tmp_path):
+    for existing, left in ((tmp_path / "new", False), (tmp_path, True)):
+        with pytest.raises(InputError, match="refused"), locked_folder(existing):
+            raise InputError("refused")
+        assert existing.exists() == left
+    with pytest.raises(InputError, match="refused"), locked_folder(tmp_path / "used"):
+        (tmp_path / "used/file").touch()
+        raise InputError("refused")
+    assert names(tmp_path / "used") == [".lock", "file"]
+
+
+def test_a_failed_rename_puts_the_old_folder_back(tmp_path, monkeypatch, no_exchange):
     target = tmp_path / "folder"
     target.mkdir()
     (target / "kind.json").write_text("old")
@@ -132,7 +203,7 @@ def test_a_failed_rename_puts_the_old_folder_back(tmp_path, monkeypatch):
 
     def fail_on_new(self, other):
         if self.suffix == ".partial":
-            raise OSError("disk full")
+            raise OSError(28, "disk full")
         return rename(self, other)
 
     monkeypatch.setattr(Path, "rename", fail_on_new)

@@ -1,12 +1,16 @@
+import errno
 import io
 import math
+import os
 
 import numpy as np
 import pytest
 from PIL import Image, ImageDraw
 
+from latent_diffusion import images
 from latent_diffusion.errors import InputError
 from latent_diffusion.images import (
+    FORMATS,
     LINE_HEIGHT,
     _wrapped,
     captioned_grid,
@@ -14,6 +18,7 @@ from latent_diffusion.images import (
     crop_then_resize,
     decode_image,
     image_grid,
+    images_below,
     list_image_folder,
     read_image,
 )
@@ -111,7 +116,20 @@ def test_an_unreadable_image_is_named(tmp_path, content):
 def test_an_open_file_that_is_no_image_is_called_by_its_name():
     with pytest.raises(InputError) as error:
         decode_image(io.BytesIO(b"no image"), 32, "shard.tar, image 3")
-    assert str(error.value) == "cannot read the image shard.tar, image 3: it is damaged or of an unknown format"
+    formats = ", ".join(FORMATS)
+    assert str(error.value) == f"cannot read the image shard.tar, image 3: it is damaged or none of {formats}"
+
+
+def test_an_image_of_another_format_or_too_large_is_refused_whatever_its_name_says(tmp_path, monkeypatch):
+    path = tmp_path / "a.jpg"
+    Image.new("RGB", (40, 40)).save(path, "GIF")
+    with pytest.raises(InputError, match="none of JPEG, PNG"):
+        read_image(path, 32)
+    Image.new("RGB", (40, 40)).save(path, "WEBP")
+    assert read_image(path, 32).shape == (32, 32, 3)
+    monkeypatch.setattr(images, "MAX_PIXELS", 1599)
+    with pytest.raises(InputError, match=r"a\.jpg: it has 40x40 pixels, more than the 1599 that are read"):
+        read_image(path, 32)
 
 
 def test_a_missing_image_is_named(tmp_path):
@@ -140,6 +158,31 @@ def test_a_folder_is_listed_as_torchvision_does(tmp_path):
     assert classes == ["a", "b"]
     assert [str(path.relative_to(root)) for path in paths] == expected
     assert labels == [0, 1, 1, 1, 1, 1, 1]
+
+
+def test_links_that_lead_in_circles_are_followed_once(tmp_path):
+    for name, other in (("a", "b"), ("b", "a")):
+        (tmp_path / "class" / name).mkdir(parents=True)
+        (tmp_path / "class" / name / f"{name}.png").touch()
+        (tmp_path / "class" / name / "on").symlink_to(f"../{other}")
+    (tmp_path / "class/up").symlink_to("..")
+    paths = [str(path.relative_to(tmp_path / "class")) for path in images_below(tmp_path / "class")]
+    assert paths[:4] == ["a/a.png", "a/on/b.png", "b/b.png", "b/on/a.png"] and len(paths) == 4
+
+
+def test_a_folder_that_cannot_be_listed_is_named(tmp_path, monkeypatch):
+    """Its images would be missing without a word."""
+    (tmp_path / "class/hidden").mkdir(parents=True)
+
+    def scandir(path: str):
+        if str(path).endswith("hidden"):
+            raise PermissionError(errno.EACCES, "Permission denied", path)
+        return usual(path)
+
+    usual = os.scandir
+    monkeypatch.setattr(os, "scandir", scandir)
+    with pytest.raises(InputError, match="cannot list the images of .*hidden: Permission denied"):
+        images_below(tmp_path)
 
 
 def test_folder_errors_name_the_folder(tmp_path):

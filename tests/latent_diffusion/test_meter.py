@@ -12,6 +12,7 @@ def test_means_and_rates_are_of_the_time_since_the_last_reading(monkeypatch):
     for losses in ([1.0, 3.0, 2.0, 6.0], [5.0, 7.0]):
         for loss in losses:
             measured.add({"loss": paddle.to_tensor(loss), "mse": paddle.to_tensor(loss / 2)})
+        measured.end_step()
         now[0] += 4.0
         values = measured.read()
         mean, steps = sum(losses) / len(losses), len(losses) / 2
@@ -42,6 +43,7 @@ def test_steps_while_the_clock_is_paused_count_for_means_and_not_for_rates(monke
 
     def step(loss: float, seconds: float) -> None:
         measured.add({"loss": paddle.to_tensor(loss)})
+        measured.end_step()
         now[0] += seconds
 
     step(1.0, 4.0)
@@ -62,4 +64,17 @@ def test_what_was_added_before_the_start_is_forgotten():
     measured.add({"loss": paddle.to_tensor(9.0)})
     measured.start()
     measured.add({"loss": paddle.to_tensor(1.0)})
+    measured.end_step()
     assert measured.read()["loss"] == 1.0
+
+
+def test_steps_that_were_left_out_take_time_and_have_no_loss(monkeypatch):
+    now = [100.0]
+    monkeypatch.setattr(meter.time, "perf_counter", lambda: now[0])
+    measured = Meter(samples_per_step=8)
+    for losses, expected in (([1.0, float("nan")], {"loss": 1.0}), ([float("nan")] * 2, {})):
+        for loss in losses:
+            measured.add({"loss": paddle.to_tensor(loss)})
+            measured.end_step(made=loss == 1.0)
+        now[0] += 4.0
+        assert measured.read() == expected | {"samples_per_second": 4.0, "steps_per_second": 0.5}

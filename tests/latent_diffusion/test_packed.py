@@ -1,4 +1,6 @@
 import json
+import multiprocessing
+import os
 from pathlib import Path
 
 import numpy as np
@@ -6,7 +8,7 @@ import pytest
 
 from latent_diffusion import packed
 from latent_diffusion.errors import InputError
-from latent_diffusion.packed import ABSENT, MANIFEST, PackedReader, PackedWriter, as_float32, is_packed
+from latent_diffusion.packed import ABSENT, MANIFEST, PackedReader, PackedWriter, as_float32, is_finite, is_packed
 from latent_diffusion.records import CONTEXTS, ImageContents, TextContents
 
 SHAPE = (2, 4, 2, 2)
@@ -16,6 +18,15 @@ SHAPE = (2, 4, 2, 2)
 def small_shards(monkeypatch):
     """Three records a shard."""
     monkeypatch.setattr(packed, "RECORDS_PER_SHARD", 3)
+
+
+@pytest.fixture(params=["kernel", "python"])
+def way(request, monkeypatch) -> None:
+    """Records are read by the kernel, or where there is none."""
+    if request.param == "python":
+        monkeypatch.setattr(packed, "record_reader", lambda: None)
+    elif packed.record_reader() is None:
+        pytest.skip("the kernels are not built")
 
 
 def records(count: int) -> np.ndarray:
@@ -42,7 +53,7 @@ def change(folder: Path, **values: object) -> None:
     (folder / MANIFEST).write_text(json.dumps(manifest | values))
 
 
-def test_what_was_written_is_read(tmp_path):
+def test_what_was_written_is_read(tmp_path, way):
     values = write(tmp_path, skipped=(4,))
     assert sorted(path.name for path in tmp_path.iterdir()) == [
         "labels.npy",
@@ -69,8 +80,71 @@ def test_the_manifest_counts(tmp_path):
     assert manifest["layout"] == "packed" and manifest["version"] == 1 and manifest["classes"] == ["cat"]
 
 
-def test_a_shard_is_opened_when_it_is_first_read_and_stays_open(tmp_path):
-    """One open file a process, however often it is read."""
+@pytest.mark.parametrize("dtype", ["float16", "float32"])
+def test_the_kernel_and_python_read_the_same_bits(tmp_path, dtype, monkeypatch):
+    """Any finite bits, of records from many shards in any order."""
+    if packed.record_reader() is None:
+        pytest.skip("the kernels are not built")
+    rng = np.random.default_rng(0)
+    values = np.frombuffer(rng.bytes(60 * np.prod(SHAPE) * np.dtype(dtype).itemsize), dtype).reshape(60, *SHAPE)
+    values = np.where(np.isfinite(values), values, np.array(-0.0, dtype))
+    writer = PackedWriter(tmp_path, ImageContents("latents", SHAPE, dtype, 60, 64, 0.5))
+    writer.claim()
+    writer.write(range(60), values, [0] * 60)
+    writer.finish([])
+    numbers, views = rng.permutation(60), rng.integers(2, size=60)
+    reader = PackedReader(tmp_path)
+    # What it would do after a failure.
+    with monkeypatch.context() as patch:
+        patch.setattr(reader, "_read_in_python", None)
+        found = reader.read(numbers, views)
+    monkeypatch.setattr(packed, "record_reader", lambda: None)
+    expected = PackedReader(tmp_path).read(numbers, views)
+    np.testing.assert_array_equal(found.view(np.uint32), expected.view(np.uint32))
+    np.testing.assert_array_equal(expected.view(np.uint32), values[numbers, views].astype(np.float32).view(np.uint32))
+
+
+@pytest.mark.skipif(not hasattr(os, "posix_fadvise"), reason="the system cannot be asked to fetch")
+def test_each_block_is_fetched_once(tmp_path, monkeypatch):
+    """With what is around the records that are read, and of each shard that has a part of it."""
+    fetched = []
+    monkeypatch.setattr(packed, "FETCHED_BYTES", 128)
+    monkeypatch.setattr(os, "posix_fadvise", lambda file, start, size, advice: fetched.append((start, size)))
+    write(tmp_path)
+    reader = PackedReader(tmp_path)
+    # A record has 64 bytes and a header 128: records 0 and 1 are a block, 2 and 3 one that lies in two shards.
+    for _ in range(2):
+        reader.read([1, 0, 1], [0, 0, 1])
+    assert fetched == [(128, 128)]
+    for number in (2, 3, 3, 2):
+        reader.read([number], [0])
+    assert fetched[1:] == [(256, 128), (64, 128)]
+
+
+def test_there_is_a_view_for_each_record(tmp_path):
+    write(tmp_path)
+    with pytest.raises(ValueError):
+        PackedReader(tmp_path).read([0, 1], [0])
+
+
+def test_a_forked_process_reads_with_what_was_loaded_before(tmp_path, way, monkeypatch):
+    """The loader of libraries has a lock, which a thread of the first process may have held."""
+    values = write(tmp_path)
+    reader = PackedReader(tmp_path)
+    monkeypatch.setattr(packed, "record_reader", None)
+
+    def read() -> None:
+        os._exit(not np.array_equal(reader.read([7], [1]), values[[7], [1]]))
+
+    process = multiprocessing.get_context("fork").Process(target=read)
+    process.start()
+    process.join()
+    assert process.exitcode == 0
+
+
+def test_a_shard_is_opened_when_it_is_first_read_and_stays_open(tmp_path, monkeypatch):
+    """One open file a process, however often and wherever it is read."""
+    monkeypatch.setattr(packed, "FETCHED_BYTES", 64)
     write(tmp_path)
 
     def open_files() -> int:
@@ -79,7 +153,7 @@ def test_a_shard_is_opened_when_it_is_first_read_and_stays_open(tmp_path):
     reader = PackedReader(tmp_path)
     assert open_files() == 0
     for _ in range(3):
-        reader.read([0, 7], [0, 1])
+        reader.read([0, 1, 7], [0, 1, 1])
     assert open_files() == 2
     (tmp_path / "shard-00000.npy").unlink()
     reader.read([1], [0])
@@ -93,35 +167,102 @@ def test_an_unfinished_folder_is_refused(tmp_path):
         PackedReader(tmp_path)
 
 
-@pytest.mark.parametrize("bad", [np.nan, np.inf])
-def test_a_record_that_is_not_finite_is_named_when_read(tmp_path, bad):
+@pytest.mark.parametrize(("bad", "row"), [(np.nan, 2), (np.inf, 0)])
+def test_a_record_that_is_not_finite_is_named_when_read(tmp_path, bad, row, way, monkeypatch):
+    monkeypatch.setattr(packed, "HEAD_BYTES", 128)
     write(tmp_path)
     shard = np.load(tmp_path / "shard-00001.npy", mmap_mode="r+")
-    shard[2, 1, 0, 0, 0] = bad
+    shard[row, 1, 0, 0, 0] = bad
     shard.flush()
     reader = PackedReader(tmp_path)
-    reader.read([3, 5], [1, 0])
-    with pytest.raises(InputError, match=r"record 2 of .*shard-00001\.npy holds values that are not finite"):
-        reader.read([3, 5], [1, 1])
+    reader.read([4, 3 + row], [1, 0])
+    with pytest.raises(InputError, match=rf"record {row} of .*shard-00001\.npy holds values that are not finite"):
+        reader.read([4, 3 + row], [1, 1])
 
 
-@pytest.mark.parametrize("values", [np.arange(0x7C00), np.arange(0x8000, 0xFC00), np.arange(1 << 16)])
-def test_every_half_becomes_the_same_float32(values):
-    """Subnormal numbers too; the last case with infinities and NaN."""
+@pytest.mark.parametrize("values", [np.arange(0x7C00), np.arange(0x8000, 0xFC00)])
+def test_every_finite_half_becomes_the_same_float32(values):
+    """Subnormal numbers too."""
     halves = values.astype(np.uint16).view(np.float16)
     found = as_float32(halves)
     assert found.dtype == np.float32
     np.testing.assert_array_equal(found.view(np.uint32), halves.astype(np.float32).view(np.uint32))
 
 
+def test_every_half_is_known_to_be_finite_or_not():
+    halves = np.arange(1 << 16).astype(np.uint16).view(np.float16)
+    assert [is_finite(half) for half in halves.reshape(-1, 1)] == np.isfinite(halves).tolist()
+    assert is_finite(np.ones(2, np.float32)) and not is_finite(np.array([1, np.inf], np.float32))
+
+
 @pytest.mark.parametrize("name", ["shard-00001.npy", "labels.npy"])
-def test_a_changed_file_is_named_when_all_is_read(tmp_path, name):
+def test_changed_labels_or_a_changed_start_of_a_shard_are_named_when_opened(tmp_path, name):
     write(tmp_path)
     array = np.load(tmp_path / name, mmap_mode="r+")
     array[0] = 1
     array.flush()
     with pytest.raises(InputError, match=f"{name} is not the file whose checksum"):
-        list(PackedReader(tmp_path))
+        PackedReader(tmp_path)
+
+
+def test_a_change_further_on_is_named_when_all_is_read(tmp_path, monkeypatch):
+    monkeypatch.setattr(packed, "HEAD_BYTES", 128)
+    write(tmp_path)
+    array = np.load(tmp_path / "shard-00001.npy", mmap_mode="r+")
+    array[0] = 1
+    array.flush()
+    reader = PackedReader(tmp_path)
+    with pytest.raises(InputError, match="shard-00001.npy is not the file whose checksum"):
+        list(reader)
+
+
+def test_shards_that_changed_places_are_named(tmp_path):
+    write(tmp_path)
+    first, second = tmp_path / "shard-00000.npy", tmp_path / "shard-00001.npy"
+    contents = first.read_bytes(), second.read_bytes()
+    second.write_bytes(contents[0])
+    first.write_bytes(contents[1])
+    with pytest.raises(InputError, match="shard-00000.npy is not the file whose checksum"):
+        PackedReader(tmp_path)
+
+
+def test_a_manifest_without_checksums_of_starts_is_read(tmp_path):
+    """As an earlier version wrote it."""
+    write(tmp_path)
+    shards = json.loads((tmp_path / MANIFEST).read_text())["shards"]
+    change(tmp_path, shards=[{k: v for k, v in shard.items() if k != "head_sha256"} for shard in shards])
+    assert len(list(PackedReader(tmp_path))) == 8
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="needs pipes")
+@pytest.mark.parametrize("name", ["shard-00002.npy", "labels.npy", MANIFEST])
+def test_a_pipe_in_place_of_a_file_is_named(tmp_path, name):
+    """Opening it as a file would wait for ever."""
+    write(tmp_path)
+    (tmp_path / name).unlink()
+    os.mkfifo(tmp_path / name)
+    with pytest.raises(InputError, match=f"{name}.* no regular file"):
+        PackedReader(tmp_path)
+
+
+def test_a_shard_that_is_cut_off_while_it_is_read_is_named(tmp_path, way):
+    """A map of it would end the process."""
+    write(tmp_path)
+    reader = PackedReader(tmp_path)
+    reader.read([0, 7], [0, 1])
+    os.truncate(tmp_path / "shard-00002.npy", 128)
+    reader.read([0], [0])
+    with pytest.raises(InputError, match=r"shard-00002\.npy was cut off after it had been opened"):
+        reader.read([7], [1])
+
+
+def test_a_shard_that_is_replaced_after_it_was_opened_changes_nothing(tmp_path):
+    values = write(tmp_path)
+    reader = PackedReader(tmp_path)
+    reader.read([7], [1])
+    (tmp_path / "other.npy").write_bytes(b"another file")
+    (tmp_path / "other.npy").replace(tmp_path / "shard-00002.npy")
+    np.testing.assert_array_equal(reader.read([7], [1])[0], values[7, 1])
 
 
 @pytest.mark.parametrize("name", ["shard-00002.npy", "labels.npy"])
@@ -148,13 +289,14 @@ def test_a_missing_file_is_named(tmp_path, name):
         np.zeros((2, *SHAPE), np.float32),
         np.zeros((2, 2, 4, 1, 2), np.float16),
         np.zeros((2, *SHAPE), np.float16, order="F"),
+        np.zeros((2, *SHAPE), ">f2"),
         np.array(["text"]),
     ],
 )
 def test_another_array_in_a_shard_is_named(tmp_path, array):
     write(tmp_path)
     np.save(tmp_path / "shard-00002.npy", array)
-    with pytest.raises(InputError, match="shard-00002.npy holds"):
+    with pytest.raises(InputError, match=r"shard-00002.npy (holds|\(its header is not that of an array of numbers)"):
         PackedReader(tmp_path)
 
 

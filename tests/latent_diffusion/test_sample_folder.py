@@ -79,7 +79,7 @@ def test_other_settings_are_refused(folder):
         folder.prepare(SETTINGS | {"dtype": "fp16"})
 
 
-@pytest.mark.parametrize("text", ["{", "3", "[1]"])
+@pytest.mark.parametrize("text", ["{", "3", "[1]", '[["a", 1], [2, 3]]', "[" * 100_000])
 def test_damaged_settings_are_named(folder, text):
     (folder.path / "settings.json").write_text(text)
     with pytest.raises(InputError, match="cannot read .*settings.json"):

@@ -235,7 +235,7 @@ def test_a_missing_vocabulary_is_named(folder, missing):
 
 def test_a_broken_vocabulary_is_named(folder):
     (folder / "vocab.json").write_text("{")
-    with pytest.raises(InputError, match=r"the tokenizer folder .*clip holds no working CLIPTokenizer"):
+    with pytest.raises(InputError, match=r"vocab\.json is not JSON"):
         load_tokenizer(str(folder), LENGTH)
 
 

@@ -90,3 +90,19 @@ def test_a_link_is_named(tmp_path, kind):
         tar.addfile(link)
     with pytest.raises(InputError, match=r"^1\.jpg in .*a\.tar is a link; pack the files themselves"):
         TarImages(path)
+
+
+def test_a_damaged_header_does_not_pass_for_the_end_of_a_shard(tmp_path):
+    path = write_tar(tmp_path / "a.tar", {"0.jpg": b"x", "0.cls": b"0", "1.jpg": b"y", "1.cls": b"1"})
+    content = bytearray(path.read_bytes())
+    content[2048] ^= 1  # in the name of the third member
+    path.write_bytes(content)
+    with pytest.raises(InputError, match=r"a\.tar: it is damaged or cut off at byte 2048"):
+        TarImages(tmp_path)
+
+
+def test_a_shard_that_is_cut_off_between_two_members_is_named(tmp_path):
+    path = write_tar(tmp_path / "a.tar", {"0.jpg": b"x", "0.cls": b"0", "1.jpg": b"y", "1.cls": b"1"})
+    path.write_bytes(path.read_bytes()[:2048])
+    with pytest.raises(InputError, match=r"a\.tar: it is damaged or cut off at byte 2048"):
+        TarImages(tmp_path)

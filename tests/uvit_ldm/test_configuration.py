@@ -65,7 +65,7 @@ def test_the_scaling_factor_travels_under_a_name_that_the_libraries_pass_over():
         ({"out_channels": 8}, "model has out_channels 8; only 4 is supported"),
         ({"_scaling_factor": "big"}, "model: the configuration key scaling_factor must be of type float, not 'big'"),
         ({"scaling_factor": 0.0}, "model: mlp_ratio and scaling_factor must be positive"),
-        ({"mlp_ratio": math.inf}, "model: mlp_ratio and scaling_factor must be positive numbers"),
+        ({"mlp_ratio": math.inf}, "model: the configuration key mlp_ratio must be finite, not inf"),
         ({"num_layers": 1}, "model: num_layers must be at least 2, not 1"),
         ({"num_attention_heads": 1, "attention_head_dim": 7}, "the width 7 .* must be even"),
         ({"patch_size": 3}, "sample_size 8 is not a multiple of patch_size 3"),

@@ -143,7 +143,7 @@ def interrupt_after(monkeypatch, module, function: str, calls: int) -> None:
     ("layout", "module", "function", "calls"),
     [("files", feature_files, "write_file", calls) for calls in (0, 1, 3, 4, 6)]
     + [("files", Path, "replace", calls) for calls in (0, 1, 5, 6, 8)]
-    + [("files", array_files, "update", calls) for calls in (1, 5)]
+    + [("files", array_files, "write_manifest", calls) for calls in (0, 1)]
     + [("packed", packed, "allocate", calls) for calls in (0, 1, 3)]
     + [("packed", packed, "write_rows", calls) for calls in (0, 1, 3, 7)]
     + [("packed", extraction, "publish_folder", calls) for calls in (0, 1)],

@@ -7,7 +7,8 @@ import pytest
 
 from latent_diffusion import features
 from latent_diffusion.errors import InputError
-from latent_diffusion.features import StreamBatchSampler, TrainingLoader, TrainingStream
+from latent_diffusion.features import TrainingStream
+from latent_diffusion.loader import StreamBatchSampler, TrainingLoader
 from latent_diffusion.packed import PackedWriter
 from latent_diffusion.records import CONTEXTS, MOMENTS, ImageContents, TextContents
 from uvit_ldm.feature_files import count_captions
@@ -206,6 +207,11 @@ def cut(name: str):
             lambda folder: (folder / "train_captions_manifest.json").write_text('{"layout": "files"}'),
             "train_captions_manifest.json lists no skipped images: the extraction is not complete",
         ),
+        (
+            lambda folder: (folder / "train_images_manifest.json").write_text('{"skipped": [], "images": 99}'),
+            "train_images_manifest.json says there are 99 images, but there are",
+        ),
+        (save("train/0.npy", np.zeros((8, 8, 8), "i4")), r"0\.npy holds int32, not floating-point numbers"),
     ],
 )
 def test_bad_features_are_named(folder, tiny_config, spoil, message):

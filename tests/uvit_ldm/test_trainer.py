@@ -87,13 +87,13 @@ class Evaluation:
     def __init__(self, clock: list[float]):
         self.clock = clock
 
-    def keep_best_in(self, folder: Path) -> None:
+    def keep_best_in(self, folder: Path, after: int) -> None:
         pass
 
     def due(self, step: int, last: int) -> bool:
         return True
 
-    def run(self, step, model, ema) -> None:
+    def run(self, step, model, ema, is_to_stop) -> None:
         self.clock[0] += 50.0
 
 
@@ -101,7 +101,7 @@ def test_evaluations_and_logged_images_are_not_in_the_rates(make_trainer, monkey
     clock = [100.0]
     monkeypatch.setattr(meter.time, "perf_counter", lambda: clock[0])
     trainer = make_trainer()
-    trainer.evaluate_with(Evaluation(clock))
+    trainer.evaluate_with(Evaluation(clock), after=0)
     visualdl = VisualDLCallback(SimpleNamespace(add_image=lambda *_: None))
     trainer.add_callback(visualdl)
     trainer.log_images(lambda model: clock.__setitem__(0, clock[0] + 30.0) or {}, every=1)

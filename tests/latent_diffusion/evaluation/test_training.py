@@ -75,7 +75,7 @@ def make(tmp_path, reference, draw):
         flags = EvaluationFlags(5, samples, path, "pixels", None)
         maker = SampleMaker(draw, {"sampling_steps": 3} | settings, crop_to=(16, center_crop))
         evaluation = open_evaluation(flags, lambda: maker, tmp_path)
-        evaluation.keep_best_in(tmp_path / "run")
+        evaluation.keep_best_in(tmp_path / "run", after=100)
         return evaluation
 
     return open_it
@@ -110,12 +110,12 @@ def test_samples_are_drawn_in_batches_of_the_same_members(make, draw):
 def test_processes_share_the_batches(make, draw, monkeypatch):
     """What each has of the features, and zeros elsewhere, add up to what one process makes."""
     evaluation, model = make(), Net(20)
-    whole, parts = evaluation._features(model, 5), []
+    whole, parts = evaluation._features(model, 5, lambda: False), []
     monkeypatch.setattr(training, "_summed", lambda array: array)
     for rank in range(2):
         draw.asked.clear()
         monkeypatch.setattr(training.distributed, "start", lambda rank=rank: (rank, 2))
-        parts.append(evaluation._features(model, 5))
+        parts.append(evaluation._features(model, 5, lambda: False))
         assert [indices.start // 32 for _, indices in draw.asked] == [[0, 2], [1]][rank]
     np.testing.assert_array_equal(sum(parts), whole)
 
@@ -142,6 +142,35 @@ def test_the_best_weights_are_kept_and_replaced_by_better_ones_only(make, tmp_pa
     }  # fmt: skip
     assert read_weights(folder / checkpoint.MODEL)["brightness"] == 45
     assert checkpoint.checkpoints(tmp_path / "run") == []
+
+
+def test_best_weights_that_cannot_be_saved_do_not_end_the_run(make, tmp_path, monkeypatch):
+    evaluation = make()
+    evaluation.run(5, Net(30), None)
+
+    def fail(*args):
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint, "write_weights", fail)
+        line = evaluation.run(10, Net(46), None).line
+    assert "the best so far, but it cannot be saved ([Errno 28] No space left on device" in line
+    assert best(tmp_path)["step"] == 5
+    assert "the best so far; " in evaluation.run(15, Net(45), None).line and best(tmp_path)["step"] == 15
+
+
+def test_the_best_of_a_later_step_does_not_count(make, tmp_path):
+    make().run(10, Net(46), None)
+    evaluation = make()
+    evaluation.keep_best_in(tmp_path / "run", after=9)
+    assert "the best so far; " in evaluation.run(15, Net(30), None).line
+
+
+def test_an_evaluation_is_left_out_when_the_run_is_to_stop(make, tmp_path, draw):
+    answers = iter([False, True])
+    found = make().run(10, Net(46), None, lambda: next(answers))
+    assert found.distance is None and found.line == "step 10: the evaluation is left out, the run is to stop"
+    assert len(draw.asked) == 1 and not (tmp_path / "run/best").exists()
 
 
 def test_a_resumed_run_knows_the_best_so_far(make, tmp_path):
@@ -244,6 +273,6 @@ def test_images_of_the_reference_are_brought_to_the_size_of_the_samples(tmp_path
     for name in ("same", "wider"):
         flags = EvaluationFlags(5, 70, tmp_path / f"{name}.npz", "pixels", None)
         evaluation = open_evaluation(flags, lambda: maker, tmp_path)
-        evaluation.keep_best_in(tmp_path / name)
+        evaluation.keep_best_in(tmp_path / name, after=100)
         distances.append(evaluation.run(5, Net(), None).distance)
     assert distances[0] == pytest.approx(distances[1], rel=1e-9)
