@@ -31,7 +31,8 @@ class Course:
 
     Attributes:
         steps: the step that was logged last.
-        memory: bytes that the run's process and its workers do not share with others (Pss).
+        memory: bytes of the run's process and its workers, each page once; pages of files, which other programs may
+            share, do not count.
         files, threads: open in the run's process.
         processor: seconds of it that the run's process has used.
         seconds: of a step, by the log.
@@ -48,16 +49,17 @@ class Course:
         """Adds what is seen now; nothing where the run logs nothing yet, or is over."""
         lines = [line for line in log.read_text(errors="replace").splitlines() if line.startswith("step ")]
         lines = [line for line in lines if ", steps_per_second " in line]
-        if not lines:
+        step, last = map(int, lines[-1].split(":")[0].removeprefix("step ").split("/")) if lines else (0, 0)
+        if step == last:
             return
         try:
             process = Path(f"/proc/{pid}")
             files, threads = (len(list((process / kind).iterdir())) for kind in ("fd", "task"))
-            memory = sum(_pss(each) for each in [pid, *_children(pid)])
+            memory = sum(map(_anonymous, [pid, *_children(pid)]))
             processor = _processor_seconds(pid)
         except OSError:  # it ended while it was looked at
             return
-        self.steps.append(int(lines[-1].split("/")[0].removeprefix("step ")))
+        self.steps.append(step)
         self.memory.append(memory)
         self.files.append(files)
         self.threads.append(threads)
@@ -83,9 +85,9 @@ def _children(pid: int) -> list[int]:
     return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
 
 
-def _pss(pid: int) -> int:
+def _anonymous(pid: int) -> int:
     lines = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()
-    return next(int(line.split()[1]) << 10 for line in lines if line.startswith("Pss:"))
+    return next(int(line.split()[1]) << 10 for line in lines if line.startswith("Pss_Anon:"))
 
 
 def run(folder: Path, scale: float) -> dict[str, int | float | str]:
