@@ -2,8 +2,9 @@
 
 Each contestant is a program of its own in benchmarks/peers, run once per round, in turn. fast-DiT's way: both folders
 listed and sorted, two `np.load` a sample, in PyTorch's DataLoader. Its samples are latents and labels, so packed
-latents are read for comparison ("reading alone"): the same numbers to tensors, shuffled, with nothing else drawn. What
-trainers read also draws mirror, posterior, label dropout, timestep and noise of each sample, in the loader.
+latents are read for comparison ("reading alone"): the same numbers to tensors, shuffled, with nothing else drawn; also
+in float16, the packed layout's own type. What trainers read also draws mirror, posterior, label dropout, timestep and
+noise of each sample, in the loader.
 
 Features are random. Cold: just dropped from the system's cache, as far as it lets go of them (a disk may have another).
 """
@@ -40,8 +41,8 @@ TARGET = 20
 
 MODEL = "DiT-S/2"
 WORKERS = (0, 2)
-FILES, PACKED, PACKED_LATENTS = "files", "packed", "packed-latents"
-READING = "packed latents, reading alone"
+FILES, PACKED, PACKED_LATENTS, PACKED_FLOAT16 = "files", "packed", "packed-latents", "packed-latents-float16"
+READING, READING_FLOAT16 = "packed latents, reading alone", "packed latents in float16, reading alone"
 FAST_DIT, FAST_DIT_NUMPY = "fast-DiT's way", "fast-DiT's way, without PyTorch"
 
 # Folders of the table of opening hold features of images of this side: what is in the files does not matter there.
@@ -87,6 +88,7 @@ def measure_reading(folder: Path, arguments: argparse.Namespace, peer: Path | No
     write_random(PackedWriter(folder / PACKED, contents["packed"]))
     latents = replace(contents["files"], record_shape=(1, *contents["files"].record_shape[1:]))
     write_random(PackedWriter(folder / PACKED_LATENTS, latents))
+    write_random(PackedWriter(folder / PACKED_FLOAT16, replace(latents, dtype="float16")))
     entries = reading_contestants(folder, arguments.image_size, peer)
     return compete(entries, arguments.rounds, Progress(arguments.rounds * len(entries)))
 
@@ -94,7 +96,10 @@ def measure_reading(folder: Path, arguments: argparse.Namespace, peer: Path | No
 def reading_contestants(folder: Path, size: int, peer: Path | None) -> list[Contestant]:
     ours = [sys.executable, PEERS / "ours_loading.py"]
     theirs = PEERS / "fast_dit_loading.py"
-    entries = [Contestant(READING, [*ours, "reading", folder / PACKED_LATENTS, size])]
+    entries = [
+        Contestant(READING, [*ours, "reading", folder / PACKED_LATENTS, size]),
+        Contestant(READING_FLOAT16, [*ours, "reading", folder / PACKED_FLOAT16, size]),
+    ]
     entries.append(Contestant("packed moments, reading alone", [*ours, "reading", folder / PACKED, size]))
     entries += [
         Contestant(f"{layout}, for training, {workers} workers", [*ours, "training", folder / layout, size, *flags])
@@ -128,7 +133,7 @@ def tabulate_reading(results: Mapping[str, Result], arguments: argparse.Namespac
         table.row(result.name, *rates, *ratios)
     needed = peak.flops / (TRAINING * forward_flops(DiTConfig.from_name(MODEL, arguments.image_size)))
     print(f"\ntraining {MODEL} at the whole matrix-product peak of this machine would take {needed:.1f} samples/s")
-    for name in (READING, f"{PACKED}, for training, 0 workers"):
+    for name in (READING, READING_FLOAT16, f"{PACKED}, for training, 0 workers"):
         if rival and is_measured(results.get(name)):
             ratio = rates_of(results[name])[1] / rates_of(results[rival])[1]
             outcome = "met" if ratio >= TARGET else "missed"
