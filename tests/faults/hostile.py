@@ -108,7 +108,7 @@ def run(folder: Path, scale: float) -> dict[str, int | float | str]:
     Raises:
         AssertionError: attacks succeeded; it names each, with what happened.
     """
-    reports = _in_fresh_process(folder)
+    reports = _in_fresh_process(folder / "attacks")
     problems = [f"{report['attack']}: {problem}" for report in reports for problem in report["problems"]]
     assert not problems, "\n".join([f"{len(problems)} problems with {len(reports)} attacks:", *problems])
     print(f"hostile files: {len(reports)} attacks, none succeeded", flush=True)

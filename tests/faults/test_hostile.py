@@ -20,7 +20,7 @@ RUN = b"cos\nsystem\n(S'touch code-was-run'\ntR."
 
 
 def test_every_attack_fails(tmp_path):
-    figures = hostile.run(tmp_path / "attacks", 1.0)
+    figures = hostile.run(tmp_path, 1.0)
     kinds = {name for name in figures if name not in ("attacks", "longest (s)", "most memory (MB)")}
     assert {"pickles", "safetensors", "JSON", "YAML", "tar shards", "images", "checkpoints", "model folders"} <= kinds
     assert figures["attacks"] == sum(figures[name] for name in kinds) >= 400
