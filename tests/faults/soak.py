@@ -31,8 +31,8 @@ class Course:
 
     Attributes:
         steps: the step that was logged last.
-        memory: bytes of the run's process and its workers, each page once; pages of files, which other programs may
-            share, do not count.
+        memory: bytes of the run's process and its workers, by each: pages that workers share with it, until one of
+            them writes there, count for both. Pages of files, which other programs may share, do not count.
         files, threads: open in the run's process.
         processor: seconds of it that the run's process has used.
         seconds: of a step, by the log.
@@ -87,7 +87,7 @@ def _children(pid: int) -> list[int]:
 
 def _anonymous(pid: int) -> int:
     lines = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()
-    return next(int(line.split()[1]) << 10 for line in lines if line.startswith("Pss_Anon:"))
+    return next(int(line.split()[1]) << 10 for line in lines if line.startswith("Anonymous:"))
 
 
 def run(folder: Path, scale: float) -> dict[str, int | float | str]:
