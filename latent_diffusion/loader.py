@@ -89,7 +89,17 @@ class TrainingLoader(paddle.io.DataLoader):
 
 
 def _tensors(batch: dict[str, np.ndarray]) -> dict[str, paddle.Tensor]:
-    return {name: paddle.to_tensor(values) for name, values in batch.items()}
+    return {name: _tensor(values) for name, values in batch.items()}
+
+
+def _tensor(values: np.ndarray) -> paddle.Tensor:
+    """A copy of an array as a tensor on the current place."""
+    if paddle.get_device() != "cpu":
+        return paddle.to_tensor(values)
+    # Of each call Paddle's own function keeps 100 bytes for good, half a gigabyte in a million steps.
+    tensor, values = paddle.empty(values.shape, values.dtype.name), np.ascontiguousarray(values)
+    ctypes.memmove(tensor.data_ptr(), values.ctypes.data, values.nbytes)
+    return tensor
 
 
 class _Worker:

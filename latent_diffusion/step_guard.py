@@ -142,7 +142,7 @@ class StepGuard:
     def _report(self, squared_norm: paddle.Tensor | None) -> tuple[float, bool, float | None]:
         """The mean loss of the step, whether any process has been asked to stop, and the norm of the gradient."""
         loss = paddle.stack([losses.astype("float32").mean() for _, losses in self._micro_batches]).mean()
-        shared = paddle.stack([loss, paddle.to_tensor(float(self._stop.reason is not None))])
+        shared = paddle.stack([loss, paddle.full([], float(self._stop.reason is not None))])
         world_size = paddle.distributed.get_world_size()
         if world_size > 1:
             paddle.distributed.all_reduce(shared)

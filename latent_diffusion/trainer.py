@@ -187,10 +187,9 @@ class LatentDiffusionTrainer(Trainer):
         return result
 
     def _how_to_go_on(self) -> str:
-        for flag in ("overwrite_output_dir", "resume_from_checkpoint"):
-            if getattr(self.args, flag):
-                return f"the same command without --{flag} goes on from there"
-        return "the same command goes on from there"
+        flags = [f for f in ("overwrite_output_dir", "resume_from_checkpoint") if getattr(self.args, f)]
+        without = f" without --{' and --'.join(flags)}" if flags else ""
+        return f"the same command{without} goes on from there"
 
     def _say(self, text: str) -> None:
         if self.is_world_process_zero():

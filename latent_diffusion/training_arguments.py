@@ -246,8 +246,6 @@ class SuiteTrainingArguments(TrainingArguments):
     def _check(self) -> None:
         if not self.do_train:
             raise InputError("nothing to do: give --do_train")
-        if self.overwrite_output_dir and self.resume_from_checkpoint:
-            raise InputError("--overwrite_output_dir and --resume_from_checkpoint exclude each other")
         self._check_evaluation()
         self._check_supported()
         self._check_numbers()

@@ -96,7 +96,7 @@ def run(folder: Path, scale: float) -> dict[str, int | float | str]:
     Raises:
         AssertionError: the run fails, or something grows.
     """
-    steps = max(int(STEPS * scale), 1000)
+    steps = max(int(STEPS * scale), 2 * EVERY["--eval_steps"])
     course, ended = watch(folder, steps)
     plot(course, folder / "soak.png")
     settled = course.between(max(0.2, 1.2 * EVERY["--eval_steps"] / steps), 1.0)
