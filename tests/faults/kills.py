@@ -23,16 +23,8 @@ from .runs import Running, Server, children, exists, send, start
 
 UVIT = str(REPOSITORY / "train_txt2img_uvit_coco_trainer.py")
 UVIT_FEATURES = REPOSITORY / "tests/data/uvit/coco_features_tiny"
-TINY_UVIT = {
-    "sample_size": 8,
-    "patch_size": 2,
-    "in_channels": 4,
-    "num_layers": 2,
-    "num_attention_heads": 2,
-    "attention_head_dim": 16,
-    "clip_dim": 32,
-    "num_text_tokens": 7,
-}
+TINY_UVIT = {key: value for key, value in TINY.items() if key != "num_classes"}
+TINY_UVIT |= {"clip_dim": 32, "num_text_tokens": 7}
 
 STEPS, SAVE_STEPS, BATCH = 8, 2, 8
 
