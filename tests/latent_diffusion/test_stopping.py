@@ -1,7 +1,9 @@
+import ctypes
 import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 
 import pytest
@@ -27,6 +29,24 @@ def test_a_signal_asks_for_an_end(number, capfd):
         assert stop.reason == signal.Signals(number).name
     os.kill(os.getpid(), number)  # of the same request: the process is ending
     assert f"{signal.Signals(number).name}: stopping after this step" in capfd.readouterr().err
+
+
+def test_a_signal_does_not_interrupt_a_system_call():
+    """Paddle's store would take that for a lost connection."""
+    reading, writing = os.pipe()
+    timers = [
+        threading.Timer(0.1, os.kill, (os.getpid(), signal.SIGTERM)),
+        threading.Timer(0.3, os.write, (writing, b"x")),
+    ]
+    with StopRequest() as stop:
+        for timer in timers:
+            timer.start()
+        assert ctypes.CDLL(None).read(reading, ctypes.create_string_buffer(1), 1) == 1
+        assert stop.reason == "SIGTERM"
+    for timer in timers:
+        timer.join()
+    os.close(reading)
+    os.close(writing)
 
 
 def test_without_a_request_signals_mean_afterwards_what_they_meant_before():

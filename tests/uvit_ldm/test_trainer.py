@@ -246,3 +246,11 @@ def test_damaged_prompts_end_the_run_before_it_begins(make_drawer, tmp_path):
     (tmp_path / "features/run_vis/1.npy").write_bytes(b"no array")
     with pytest.raises(InputError, match=r"run_vis/1\.npy"):
         make_drawer(feature_path=tmp_path / "features")
+
+
+def test_nothing_is_drawn_or_evaluated_at_a_step_after_which_the_run_ends_on_request(make_trainer):
+    trainer = make_trainer()
+    due = trainer._unless_stopping(lambda step, last: True)
+    assert due(1, 2)
+    trainer._guard.should_stop = True
+    assert not due(1, 2)
