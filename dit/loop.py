@@ -21,7 +21,7 @@ from latent_diffusion.ema import EMA
 from latent_diffusion.errors import InputError
 from latent_diffusion.evaluation.flags import evaluation_flags
 from latent_diffusion.evaluation.training import SampleMaker, TrainingEvaluation, open_evaluation
-from latent_diffusion.experiment import Log, find_checkpoint, new_experiment
+from latent_diffusion.experiment import Log, find_checkpoint, folder_of, new_experiment
 from latent_diffusion.features import FeatureStore, TrainingStream
 from latent_diffusion.files import locked_folder
 from latent_diffusion.loader import StreamBatchSampler, TrainingLoader
@@ -259,14 +259,9 @@ def save(args: Namespace, state: TrainingState, folder: Path, step: int, steps: 
             state.save(target, {"global_step": step, "max_steps": steps, "consumed_samples": progress.samples})
 
     final = folder / f"checkpoint-{step}"
-    try:
+    with checkpoint.going_on(say, is_last):
         checkpoint.save(final, write, progress, lambda: state.size() if is_first_process else 0)
-    except checkpoint.SaveFailed as error:
-        if is_last:
-            raise
-        say(f"warning: {error}; training goes on, and saves again at the next time")
-        return
-    say(f"wrote {final}")
+        say(f"wrote {final}")
 
 
 def check(args: Namespace, world_size: int) -> None:
@@ -299,16 +294,11 @@ def find_resumed(args: Namespace, name: str, rank: int, lock: contextlib.ExitSta
     """The checkpoint to resume from, the same for all processes; the first one locks its experiment folder."""
     if rank > 0:
         return checkpoint.agreed(None)
-    found = find_checkpoint(args.results_dir, name, args.resume)
-    lock.enter_context(locked_folder(folder_of(found)))
-    # A run that was about to end may have saved another one while its lock was waited for.
-    return checkpoint.agreed(find_checkpoint(args.results_dir, name, args.resume))
 
+    def lock_folder(folder: Path) -> None:
+        lock.enter_context(locked_folder(folder))
 
-def folder_of(resumed: Path) -> Path:
-    """The experiment folder of a checkpoint."""
-    is_plain = resumed.name not in ("", "..") and not resumed.is_symlink()
-    return (resumed if is_plain else resumed.resolve()).parent
+    return checkpoint.agreed(find_checkpoint(args.results_dir, name, args.resume, lock_folder))
 
 
 def open_experiment(args: Namespace, name: str, rank: int, lock: contextlib.ExitStack) -> Path:

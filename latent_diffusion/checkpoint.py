@@ -362,6 +362,17 @@ def save(
         print(f"warning: cannot delete an old checkpoint ({failure})", file=sys.stderr)
 
 
+@contextlib.contextmanager
+def going_on(say: Callable[[str], None], is_last: bool) -> Iterator[None]:
+    """Around a save during training: where it fails that is said and the run goes on, but not after the last one."""
+    try:
+        yield
+    except SaveFailed as error:
+        if is_last:
+            raise
+        say(f"warning: {error}; training goes on, and saves again at the next time")
+
+
 def _failure(act: Callable[[], None]) -> str:
     """What the system said when `act` failed, or an empty text."""
     try:

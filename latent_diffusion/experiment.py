@@ -7,6 +7,7 @@ results/000-DiT-XL-2/
 import json
 import re
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Literal
 
@@ -35,33 +36,48 @@ def new_experiment(results_dir: Path, name: str) -> Path:
     return folder
 
 
-def find_checkpoint(results_dir: Path, name: str, resume: Path | Literal[True]) -> Path:
+def find_checkpoint(
+    results_dir: Path,
+    name: str,
+    resume: Path | Literal[True],
+    lock: Callable[[Path], object] = lambda folder: None,
+) -> Path:
     """The checkpoint to resume from.
 
     Args:
         results_dir: where the experiments are.
         name: of the model, as in the names of the folders.
         resume: a checkpoint folder or an experiment folder; True for the newest experiment of that model.
+        lock: called with the experiment folder, before its checkpoints are looked at: a run that is about to end may
+            save another one while its lock is waited for.
 
     Raises:
         InputError: there is none.
     """
     if resume is not True:
         if checkpoint.is_checkpoint(resume):
+            lock(folder_of(resume))
             checkpoint.verify(resume)
             return resume
-        found = checkpoint.newest_checkpoint(resume, checkpoint.verify)
-        if found is None:
+        if not checkpoint.checkpoints(resume):
             raise InputError(f"--resume {resume} is neither a complete checkpoint folder nor an experiment with one")
-        return found
+        lock(resume)
+        return checkpoint.newest_checkpoint(resume, checkpoint.verify)
     experiments = sorted(_numbered(results_dir), reverse=True) if results_dir.is_dir() else []
     for _, folder in experiments:
         if _NAME.fullmatch(folder.name)[2] != name:
             continue
-        if found := checkpoint.newest_checkpoint(folder, checkpoint.verify):
-            return found
+        if checkpoint.checkpoints(folder):
+            lock(folder)
+            return checkpoint.newest_checkpoint(folder, checkpoint.verify)
         print(f"note: passed over {folder}, which has no checkpoint", file=sys.stderr)
     raise InputError(f"--resume found no experiment of {name} with a checkpoint in {results_dir}")
+
+
+def folder_of(resumed: Path) -> Path:
+    """The experiment folder of a checkpoint."""
+    is_plain = resumed.name not in ("", "..") and not resumed.is_symlink()
+    return (resumed if is_plain else resumed.resolve()).parent
 
 
 def _numbered(results_dir: Path) -> list[tuple[int, Path]]:

@@ -270,14 +270,9 @@ class LatentDiffusionTrainer(Trainer):
         self._guard.check_weights(step)
         final = Path(self.args.output_dir) / f"checkpoint-{step}"
         progress = checkpoint.Progress(step, step * self._meter.samples_per_step, self.args.seed)
-        try:
+        with checkpoint.going_on(self._say, is_last=step == self.args.max_steps or self._guard.should_stop):
             checkpoint.save(final, self._write_checkpoint, progress, self._checkpoint_size, self.args.save_total_limit)
-        except checkpoint.SaveFailed as error:
-            if step == self.args.max_steps or self._guard.should_stop:
-                raise
-            self._say(f"warning: {error}; training goes on, and saves again at the next time")
-            return
-        self._saved_step = step
+            self._saved_step = step
 
     def _write_checkpoint(self, folder: Path) -> None:
         args = self.args
