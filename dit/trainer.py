@@ -87,10 +87,11 @@ def train(dit_args: DiTArguments, args: DiTTrainingArguments) -> None:
         InputError: whatever is wrong with flags or features, before training starts.
     """
     config = dit_args.model_config()
+    store = open_features(dit_args.feature_path, config, dit_args.use_flip)
     run_training(
         DiTTrainer,
         make_objective(),
-        open_features(dit_args.feature_path, config, dit_args.use_flip),
+        lambda resumed: store,
         lambda resumed: build_model(config, dit_args.pretrained, resumed),
         lambda: _image_drawer(config, dit_args, args.seed),
         lambda: _sample_maker(config, dit_args),

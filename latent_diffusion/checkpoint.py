@@ -513,8 +513,9 @@ def set_weights(model: paddle.nn.Layer, weights: dict[str, np.ndarray], source: 
             raise InputError(f"{name} in {source} has shape {found}, the model's has {expected}")
     if unknown := sorted(set(weights) - set(own)):
         raise InputError(f"{source} has the weight {unknown[0]}, which the model has not: it belongs to another model")
-    # The reader gives float32 for bfloat16.
-    model.set_state_dict({name: paddle.to_tensor(array).astype(own[name].dtype) for name, array in weights.items()})
+    # One after the other: copies of all would take the memory of the weights once more.
+    for name, tensor in own.items():
+        tensor.set_value(paddle.to_tensor(weights[name]).astype(tensor.dtype))  # the reader gives float32 for bfloat16
 
 
 def save_optimizer(path: Path, optimizer, model: paddle.nn.Layer) -> None:

@@ -3,7 +3,7 @@
 import argparse
 import math
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -50,6 +50,14 @@ class ArgumentParser(argparse.ArgumentParser):
     def add_switch(self, *names: str, default: bool = False, **kwargs) -> None:
         """Adds a flag that is on when given alone and also takes true or false, as `--switch False`."""
         self.add_argument(*names, type=boolean, nargs="?", const=True, default=default, **kwargs)
+
+    def add_aliases(self, aliases: Mapping[str, Sequence[str]]) -> None:
+        """Gives flags further names, by the name of the attribute that they set."""
+        by_attribute = {action.dest: action for action in reversed(self._actions)}
+        for attribute, names in aliases.items():
+            action = by_attribute[attribute]
+            action.option_strings += [f"--{name}" for name in names]
+            self._option_string_actions |= {f"--{name}": action for name in names}
 
     def parse_known_args(self, args: Sequence[str] | None = None, namespace: argparse.Namespace | None = None):
         args = [self._known_spelling(arg) for arg in (sys.argv[1:] if args is None else args)]

@@ -1,4 +1,4 @@
-"""What every backbone's configuration has: the keys all share, the checks, reading and writing JSON."""
+"""Configurations: the checks, reading and writing JSON, and the keys that every backbone has."""
 
 import dataclasses
 import math
@@ -23,25 +23,12 @@ def check_image_size(size: int) -> None:
 
 
 @dataclass(frozen=True)
-class ModelConfig:
-    """Base of the configurations; a subclass adds keys with defaults.
-
-    Attributes:
-        sample_size: height and width of the latent (image size / 8).
-        patch_size: side of a patch, in latent pixels; divides `sample_size`.
-        in_channels: channels of the latent.
-        num_layers, num_attention_heads, attention_head_dim: depth and width of the transformer.
+class Configuration:
+    """A record of keys with values, read from JSON; a subclass adds the keys.
 
     Raises:
-        InputError: a value of another type, or one that cannot be.
+        InputError: a value of another type than its key's, or one that cannot be.
     """
-
-    sample_size: int
-    patch_size: int
-    in_channels: int
-    num_layers: int
-    num_attention_heads: int
-    attention_head_dim: int
 
     def __post_init__(self):
         for field in dataclasses.fields(self):
@@ -56,6 +43,72 @@ class ModelConfig:
                 raise InputError(f"the configuration key {field.name} must be finite, not {value}")
             if field.type is int and value < 1:
                 raise InputError(f"the configuration key {field.name} must be at least 1, not {value}")
+
+    def to_dict(self) -> dict:
+        """The configuration as plain values, as `from_dict` takes it."""
+        return dataclasses.asdict(self)
+
+    def save(self, path: str | Path) -> None:
+        """Writes the configuration as JSON."""
+        write_json(Path(path), self.to_dict())
+
+    @classmethod
+    def from_dict(cls, values: dict, source: str = "the configuration") -> "Configuration":
+        """Makes a configuration; `source` names it in errors.
+
+        Raises:
+            InputError: an unknown or missing key, or a value that cannot be.
+        """
+        if not isinstance(values, dict):
+            raise InputError(f"{source} must be a JSON object of configuration keys")
+        fields = {field.name: field for field in dataclasses.fields(cls)}
+        unknown = sorted(set(values) - set(fields))
+        missing = sorted(n for n, f in fields.items() if f.default is dataclasses.MISSING and n not in values)
+        if unknown:
+            raise InputError(f"{source} has the unknown key {unknown[0]!r}; known are {', '.join(fields)}")
+        if missing:
+            raise InputError(f"{source} lacks the key {missing[0]!r}")
+        try:
+            return cls(**values)
+        except InputError as error:
+            raise InputError(f"{source}: {error}") from None
+
+    @classmethod
+    def from_json(cls, path: str | Path) -> "Configuration":
+        """Reads `config/*.json` or the `config.json` of a checkpoint.
+
+        Raises:
+            InputError: the file is missing, is no JSON or no configuration of this kind.
+        """
+        try:
+            values = read_json(Path(path))
+        except OSError as error:
+            raise InputError(f"cannot read the configuration file {path}: {error.strerror}") from None
+        except ValueError as error:
+            raise InputError(f"the configuration file {path} is not JSON: {error}") from None
+        return cls.from_dict(values, source=str(path))
+
+
+@dataclass(frozen=True)
+class ModelConfig(Configuration):
+    """Base of the configurations of backbones; a subclass adds keys with defaults.
+
+    Attributes:
+        sample_size: height and width of the latent (image size / 8).
+        patch_size: side of a patch, in latent pixels; divides `sample_size`.
+        in_channels: channels of the latent.
+        num_layers, num_attention_heads, attention_head_dim: depth and width of the transformer.
+    """
+
+    sample_size: int
+    patch_size: int
+    in_channels: int
+    num_layers: int
+    num_attention_heads: int
+    attention_head_dim: int
+
+    def __post_init__(self):
+        super().__post_init__()
         if self.sample_size > _MAX_SAMPLE_SIZE:
             raise InputError(f"sample_size {self.sample_size} is more than {_MAX_SAMPLE_SIZE}")
         if self.sample_size % self.patch_size:
@@ -86,47 +139,3 @@ class ModelConfig:
         """Numbers that the weights of such a network have at least: for a check before memory is taken for it."""
         block = 4 * self.hidden_size**2
         return self.num_layers * block + self.hidden_size * (self.side**2 + self.in_channels * self.patch_size**2)
-
-    def to_dict(self) -> dict:
-        """The configuration as plain values, as `from_dict` takes it."""
-        return dataclasses.asdict(self)
-
-    def save(self, path: str | Path) -> None:
-        """Writes the configuration as JSON."""
-        write_json(Path(path), self.to_dict())
-
-    @classmethod
-    def from_dict(cls, values: dict, source: str = "the configuration") -> "ModelConfig":
-        """Makes a configuration; `source` names it in errors.
-
-        Raises:
-            InputError: an unknown or missing key, or a value that cannot be.
-        """
-        if not isinstance(values, dict):
-            raise InputError(f"{source} must be a JSON object of configuration keys")
-        fields = {field.name: field for field in dataclasses.fields(cls)}
-        unknown = sorted(set(values) - set(fields))
-        missing = sorted(n for n, f in fields.items() if f.default is dataclasses.MISSING and n not in values)
-        if unknown:
-            raise InputError(f"{source} has the unknown key {unknown[0]!r}; known are {', '.join(fields)}")
-        if missing:
-            raise InputError(f"{source} lacks the key {missing[0]!r}")
-        try:
-            return cls(**values)
-        except InputError as error:
-            raise InputError(f"{source}: {error}") from None
-
-    @classmethod
-    def from_json(cls, path: str | Path) -> "ModelConfig":
-        """Reads `config/*.json` or the `config.json` of a checkpoint.
-
-        Raises:
-            InputError: the file is missing, is no JSON or no configuration of this kind.
-        """
-        try:
-            values = read_json(Path(path))
-        except OSError as error:
-            raise InputError(f"cannot read the configuration file {path}: {error.strerror}") from None
-        except ValueError as error:
-            raise InputError(f"the configuration file {path} is not JSON: {error}") from None
-        return cls.from_dict(values, source=str(path))

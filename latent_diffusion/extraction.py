@@ -178,6 +178,25 @@ def _finished(folder: Path, contents: Contents) -> Extracted:
     return Extracted(int((reader.labels != ABSENT).sum()), 0, reader.skipped)
 
 
+def read_in_threads(
+    batches: list[range], read: Callable[[int], Any], workers: int
+) -> Iterator[tuple[range, list[Any]]]:
+    """Yields each batch with what `read` gives for its numbers, which threads read `BATCHES_AHEAD` of its use."""
+    with ThreadPoolExecutor(workers) as pool:
+        reading = deque()
+
+        def oldest() -> tuple[range, list[Any]]:
+            batch, futures = reading.popleft()
+            return batch, [future.result() for future in futures]
+
+        for batch in batches:
+            reading.append((batch, [pool.submit(read, number) for number in batch]))
+            if len(reading) > BATCHES_AHEAD:
+                yield oldest()
+        while reading:
+            yield oldest()
+
+
 class ImageSource(Source):
     """The images of a list, decoded in threads ahead of their use; unreadable ones stop it or are skipped.
 
@@ -200,14 +219,8 @@ class ImageSource(Source):
 
         A skipped image is black, so that the batch has its size: results could depend on that in their last digits.
         """
-        with ThreadPoolExecutor(self.workers) as pool:
-            reading = deque()
-            for batch in batches:
-                reading.append((batch, [pool.submit(self._read, number) for number in batch]))
-                if len(reading) > BATCHES_AHEAD:
-                    yield self._batch(*reading.popleft())
-            while reading:
-                yield self._batch(*reading.popleft())
+        for batch, found in read_in_threads(batches, self._read, self.workers):
+            yield self._batch(batch, found)
 
     def skipped(self, number: int) -> str:
         if isinstance(self._read(number), np.ndarray):
@@ -223,8 +236,7 @@ class ImageSource(Source):
                 return error
             raise
 
-    def _batch(self, batch: range, reading: list) -> tuple[range, np.ndarray, np.ndarray]:
-        found = [future.result() for future in reading]
+    def _batch(self, batch: range, found: list[np.ndarray | InputError]) -> tuple[range, np.ndarray, np.ndarray]:
         for error in found:
             if isinstance(error, InputError):
                 print(f"skipped: {error}", file=sys.stderr, flush=True)
@@ -232,3 +244,17 @@ class ImageSource(Source):
         black = np.zeros((self.size, self.size, 3), np.uint8)
         images = np.stack([image if isinstance(image, np.ndarray) else black for image in found])
         return batch, images, readable
+
+
+class CaptionSource(Source):
+    """The captions of a list."""
+
+    def __init__(self, captions: list[str]):
+        self.captions = captions
+
+    def read_ahead(self, batches: list[range]) -> Iterator[tuple[range, list[str], np.ndarray]]:
+        for batch in batches:
+            yield batch, self.captions[batch.start : batch.stop], np.ones(len(batch), bool)
+
+    def skipped(self, number: int) -> str:
+        raise InputError(f"caption {number} ({self.captions[number]!r}) has no features; run the same command again")

@@ -106,10 +106,18 @@ def new_folder(path: Path, marker: str) -> Iterator[Path]:
     try:
         with naming_file(path):
             yield temporary
+            for file in filter(Path.is_file, temporary.rglob("*")):
+                set_usual_mode(file)
             publish_folder(temporary, path)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
+
+
+def set_usual_mode(file: Path) -> None:
+    """Gives a file the permissions that new files have: safetensors makes its own for the user's eyes only."""
+    os.umask(mask := os.umask(0))
+    file.chmod(0o666 & ~mask)
 
 
 def publish_folder(temporary: Path, path: Path) -> None:

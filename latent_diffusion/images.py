@@ -114,9 +114,25 @@ def read_image(path: Path, size: int, crop: Crop = center_crop) -> np.ndarray:
 
 def decode_image(source: Path | BinaryIO, size: int, name: str, crop: Crop = center_crop) -> np.ndarray:
     """As `read_image`, of a file or an open one; `name` says in an error which image is meant."""
+    with naming_image(name), open_image(source) as image:
+        return crop(_as_rgb(image), size)
+
+
+def decode_rgb(source: Path | BinaryIO, name: str) -> Image.Image:
+    """A whole image as RGB, turned upright as its EXIF says; as `decode_image` otherwise."""
+    with naming_image(name), open_image(source) as image:
+        return _as_rgb(ImageOps.exif_transpose(image))
+
+
+@contextlib.contextmanager
+def naming_image(name: str) -> Iterator[None]:
+    """Around what reads the image called `name`: says in one sentence why it cannot be read.
+
+    Raises:
+        InputError: in place of any exception.
+    """
     try:
-        with open_image(source) as image:
-            return crop(_as_rgb(image), size)
+        yield
     except Exception as error:  # a damaged file can make Pillow raise anything
         raise InputError(f"cannot read the image {name}: {' '.join(str(error).split())}") from None
 

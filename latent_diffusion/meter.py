@@ -1,10 +1,16 @@
 """What training measures between two log lines: mean losses over steps and processes, and rates."""
 
 import contextlib
+import itertools
+import statistics
 import time
+from collections import deque
 from collections.abc import Iterator
 
 import paddle
+
+# Steps at the beginning that are slower than the others, and how many of the last ones make up the steady rate.
+FIRST_STEPS, STEADY_STEPS = 5, 1000
 
 
 class Meter:
@@ -18,6 +24,11 @@ class Meter:
     def __init__(self, samples_per_step: int, batches_per_step: int = 1):
         self.samples_per_step, self.batches_per_step = samples_per_step, batches_per_step
         self._is_paused = False
+        # When steps ended, on a clock that no reading sets back.
+        self._step_ends: deque[float] = deque(maxlen=STEADY_STEPS)
+        self._steps = 0
+        self._seconds = self._seconds_before = 0.0
+        self._since = time.perf_counter()
         self.start()
 
     def start(self) -> None:
@@ -25,6 +36,7 @@ class Meter:
         self._sums: dict[str, paddle.Tensor] = {}
         self._pending: list[dict[str, paddle.Tensor]] = []
         self._batches = self._timed_batches = 0
+        self._seconds_before += self._elapsed()
         self._seconds = 0.0
         self._since = time.perf_counter()
 
@@ -61,6 +73,17 @@ class Meter:
                 self._sums[name] = self._sums.get(name, 0.0) + value
             self._batches += 1
         self._pending.clear()
+        self._steps += 1
+        if self._steps >= FIRST_STEPS:
+            self._step_ends.append(self._seconds_before + self._elapsed())
+
+    def steady_rate(self) -> float | None:
+        """Samples per second, over all processes, at the median duration of the last steps; pauses do not count.
+
+        None where there were only the first few steps.
+        """
+        seconds = [end - start for start, end in itertools.pairwise(self._step_ends)]
+        return self.samples_per_step / statistics.median(seconds) if seconds else None
 
     def read(self) -> dict[str, float]:
         """Means of the terms, "samples_per_second" and "steps_per_second" since the last reading.

@@ -69,7 +69,7 @@ class NoisePrediction(Objective):
         self, denoise: Denoiser, latents: paddle.Tensor, t: paddle.Tensor, noise: paddle.Tensor
     ) -> dict[str, paddle.Tensor]:
         eps = denoise(self.q_sample(latents, t, noise), t).astype("float32")
-        return {"loss": _mean_flat((noise - eps) ** 2)}
+        return {"loss": mean_flat((noise - eps) ** 2)}
 
     def _schedule_columns(self) -> dict[str, np.ndarray]:
         """What is looked up by timestep, each [T]."""
@@ -108,10 +108,10 @@ class LearnedRangeDDPM(NoisePrediction):
         # In mixed precision the terms are still computed in float32: the bound takes exponentials of log variances.
         output = denoise(x_t, t).astype("float32")
         if output.shape[1] == latents.shape[1]:
-            mse = _mean_flat((noise - output) ** 2)
+            mse = mean_flat((noise - output) ** 2)
             return {"loss": mse, "mse": mse}
         eps, variance_values = output.chunk(2, axis=1)
-        mse = _mean_flat((noise - eps) ** 2)
+        mse = mean_flat((noise - eps) ** 2)
         vb = self._variational_bound(latents, x_t, t, eps.detach(), variance_values)
         return {"loss": mse + vb, "mse": mse, "vb": vb}
 
@@ -124,12 +124,12 @@ class LearnedRangeDDPM(NoisePrediction):
         mean = at["mean_x0"] * pred_x_start + at["mean_xt"] * x_t
         true_mean = at["mean_x0"] * x_start + at["mean_xt"] * x_t
         true_log_variance = at["min_log"].expand(log_variance.shape)
-        kl = _mean_flat(_normal_kl(true_mean, true_log_variance, mean, log_variance))
-        nll = -_mean_flat(_discretized_log_likelihood(x_start, mean, 0.5 * log_variance))
+        kl = mean_flat(_normal_kl(true_mean, true_log_variance, mean, log_variance))
+        nll = -mean_flat(_discretized_log_likelihood(x_start, mean, 0.5 * log_variance))
         return paddle.where(t == 0, nll, kl) / math.log(2.0)
 
 
-def _mean_flat(x: paddle.Tensor) -> paddle.Tensor:
+def mean_flat(x: paddle.Tensor) -> paddle.Tensor:
     """Mean over all axes but the first: [B, ...] -> [B]."""
     return x.flatten(1).mean(axis=1)
 

@@ -355,6 +355,22 @@ class PackedReader(RecordReader):
             raise InputError(f"{path} is not the file whose checksum {self.manifest_path} has; it is damaged")
 
 
+def count_texts(images: PackedReader, texts: PackedReader) -> np.ndarray:
+    """How many texts each image has, whose number is their label; in the order of the images: int64 [N].
+
+    Raises:
+        InputError: an image has no record or no text, or the texts are in another order.
+    """
+    owners, records = texts.labels, len(images.labels)
+    numbers, counts = np.unique(owners, return_counts=True)
+    if ABSENT in images.labels or not np.array_equal(numbers, np.arange(records)) or (np.diff(owners) < 0).any():
+        raise InputError(
+            f"{texts.folder / LABELS} does not give each image of {images.folder} its captions, in order; extract "
+            "them again"
+        )
+    return counts
+
+
 def _pread(descriptor: int, size: int, position: int) -> bytes:
     """Bytes of a file, fewer only where it ends: a single call may give fewer elsewhere."""
     data = b""

@@ -10,7 +10,7 @@ import paddle
 
 from .checkpoint import set_weights
 from .errors import InputError
-from .files import read_lines
+from .files import read_lines, write_json
 from .hub import existing_file, local_folder, read_json
 from .pretrained import check_size
 from .runtime import import_paddlenlp
@@ -21,8 +21,14 @@ _MODEL, _TOKENIZER = "text encoder", "tokenizer"
 
 # PaddleNLP called its configurations so before version 2.5.
 _CONFIG_FILES = ("config.json", "model_config.json")
-# PaddleNLP and transformers both write a `model.safetensors`.
-CLIP_WEIGHT_FILES = ("model_state.pdparams", "model.safetensors", "pytorch_model.bin")
+# PaddleNLP and transformers both write a `model.safetensors`; those in half precision are the last choice.
+CLIP_WEIGHT_FILES = (
+    "model_state.pdparams",
+    "model.safetensors",
+    "pytorch_model.bin",
+    "model.fp16.safetensors",
+    "pytorch_model.fp16.bin",
+)
 
 # What the output depends on, and the numbers of special tokens: an exported configuration keeps them.
 _CONFIG_KEYS = (
@@ -49,7 +55,8 @@ _FORMER_KEYS = {
 }
 
 # What a file of a whole CLIP has besides the text network, and a table of numbers that old files store.
-_OTHER_PARTS = ("vision_model.", "visual_projection", "vision_projection", "text_projection", "logit_scale")
+_OTHER_PARTS = ("vision_model.", "visual_projection", "vision_projection", "logit_scale")
+_PROJECTION = "text_projection"
 _POSITION_IDS = ".position_ids"
 
 # The files that make a tokenizer of each class.
@@ -68,6 +75,8 @@ _TOKENIZER_FILES = (
 # The same without their order, and a file that makes code.
 _READ_BY_PADDLENLP = {*_TOKENIZER_FILES[:-1], *_TOKENIZER_FILES[-1]}
 _TEMPLATE = "chat_template.json"
+# What PaddleNLP writes of the folder a tokenizer came from.
+_PLACES = ("name_or_path", "special_tokens_map_file", "tokenizer_file")
 
 
 @dataclass(frozen=True, eq=False)
@@ -132,22 +141,23 @@ class TextEncoder:
         return self.model(tokens.input_ids)[0].astype("float32").numpy()
 
 
-def load_text_encoder(name_or_path: str):
+def load_text_encoder(name_or_path: str, projected: bool = False):
     """Loads the text network of a CLIP.
 
     Args:
         name_or_path: a folder of ppdiffusers, PaddleNLP or transformers (PyTorch), which may hold a whole CLIP, or its
             name on the hub.
+        projected: with its projection of whole texts.
 
     Returns:
-        A `CLIPTextModel` of ppdiffusers in eval mode.
+        A `CLIPTextModel` of ppdiffusers, or with the projection a `CLIPTextModelWithProjection`; in eval mode.
 
     Raises:
         InputError: there is no such folder, its files are bad, or the hub cannot be reached.
     """
     import_paddlenlp()
     from paddlenlp.transformers.model_utils import no_init_weights
-    from ppdiffusers.transformers import CLIPTextConfig, CLIPTextModel
+    from ppdiffusers.transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
     folder = local_folder(name_or_path, (_CONFIG_FILES, CLIP_WEIGHT_FILES), _MODEL)
     source = existing_file(folder, _CONFIG_FILES, _MODEL)
@@ -155,10 +165,12 @@ def load_text_encoder(name_or_path: str):
     config = read_json(source)
     try:
         settings = CLIPTextConfig(**text_settings(config))
-        weights = read_clip_weights(file, settings.intermediate_size, _OTHER_PARTS)
-        check_size(weights, least_weights(settings), settings.num_hidden_layers)
+        left_out = _OTHER_PARTS if projected else (*_OTHER_PARTS, _PROJECTION)
+        weights = read_clip_weights(file, settings.intermediate_size, left_out)
+        projection = abs(settings.hidden_size * settings.projection_dim) if projected else 0
+        check_size(weights, least_weights(settings) + projection, settings.num_hidden_layers)
         with no_init_weights():  # which takes two of three seconds, and all weights are set below
-            model = CLIPTextModel(settings)
+            model = (CLIPTextModelWithProjection if projected else CLIPTextModel)(settings)
     except InputError:
         raise
     except Exception as error:  # a wrong value can make its layers raise anything
@@ -262,6 +274,14 @@ def load_tokenizer(name_or_path: str, max_length: int):
         raise InputError(
             f"the tokenizer folder {folder} holds no working {name}: {' '.join(str(error).split())}"
         ) from error
+
+
+def save_tokenizer(tokenizer: Any, folder: Path) -> None:
+    """Writes the files of a tokenizer from `load_tokenizer` into a folder, which is made."""
+    tokenizer.save_pretrained(str(folder))
+    # It would say where on this machine it was read.
+    path = folder / _TOKENIZER_CONFIG
+    write_json(path, {key: value for key, value in read_json(path).items() if key not in _PLACES})
 
 
 def _check_tokenizer_files(folder: Path) -> None:

@@ -1,7 +1,6 @@
 """PaddleNLP's Trainer for latent diffusion: what the trainers of all systems share."""
 
 import contextlib
-import math
 import sys
 from abc import abstractmethod
 from collections.abc import Callable
@@ -36,7 +35,7 @@ from .progress import write_line
 from .reading import read_json
 from .step_guard import AGREEMENT_STEPS, StepGuard
 from .stopping import StopRequest
-from .training_arguments import SuiteArguments, SuiteTrainingArguments, check_warmup
+from .training_arguments import SuiteArguments, SuiteTrainingArguments, settle_steps
 from .weights import write_paddle
 
 # Bytes of what PaddleNLP keeps of a run: all it has logged.
@@ -68,10 +67,8 @@ class LatentDiffusionTrainer(Trainer):
             raise InputError(
                 "--sharding stage3 keeps no whole weights to average; use stage1 or stage2, or --use_ema False"
             )
+        settle_steps(args, len(store))
         samples_per_step = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.dataset_world_size
-        if args.max_steps <= 0:
-            args.max_steps = math.ceil(len(store) * args.num_train_epochs / samples_per_step)
-        check_warmup(args)
         super().__init__(model=model, args=args, train_dataset=TrainingStream(store, objective, args.seed))
         self.objective, self.store, self.ema = objective, store, ema
         self._stop = stop or StopRequest()
@@ -96,7 +93,7 @@ class LatentDiffusionTrainer(Trainer):
         self.add_callback(ProgressCallback())
 
     def log_images(self, draw: Callable[[paddle.nn.Layer], dict[str, np.ndarray]], every: int) -> None:
-        """Sends what `draw` returns for the averaged weights to VisualDL, at every so many steps.
+        """Sends what `draw` returns for the averaged weights to VisualDL, at every so many steps and at the end.
 
         `draw(model)` returns a dict of names and images uint8 [H, W, 3]. Without VisualDL in `--report_to` there is
         nowhere to send them, and nothing is drawn.
@@ -107,7 +104,7 @@ class LatentDiffusionTrainer(Trainer):
             return
         for callback in self.callback_handler.callbacks:
             if isinstance(callback, VisualDLCallback):
-                due = self._unless_stopping(lambda step, last: step % every == 0)
+                due = self._unless_stopping(lambda step, last: step % every == 0 or step == last)
                 self.add_callback(ImageLoggingCallback(self._meter.paused()(draw), due, self.ema, callback))
                 return
 
@@ -156,6 +153,10 @@ class LatentDiffusionTrainer(Trainer):
     def denoiser(self, model, inputs: dict[str, paddle.Tensor]) -> Denoiser:
         """The backbone `model` with the condition of the batch `inputs` filled in."""
 
+    def latents(self, inputs: dict[str, paddle.Tensor]) -> paddle.Tensor:
+        """The clean scaled latents of a batch, float32 [B, C, H, W]."""
+        return inputs["latents"]
+
     def train(
         self, resume_from_checkpoint: str | Path | None = None, before_first_step: Callable[[], None] = lambda: None
     ):
@@ -198,9 +199,9 @@ class LatentDiffusionTrainer(Trainer):
     def _check_resumed(self, folder: Path) -> None:
         """Takes over the step of a checkpoint, if it is of the same model."""
         checkpoint.check_config(folder, self.model.config)
-        checkpoint.check_has(folder, self._optimizer_file(), "it was saved with another --sharding; give that")
         if self.ema is not None:
-            checkpoint.check_has(folder, checkpoint.EMA_MODEL, "it was saved without an average; give --use_ema False")
+            check_average(folder)
+        checkpoint.check_has(folder, self._optimizer_file(), "it was saved with another --sharding; give that")
         progress = checkpoint.read_progress(folder)
         for note in progress.changes(self._meter.samples_per_step, self.args.seed):
             if self.is_world_process_zero():
@@ -214,8 +215,9 @@ class LatentDiffusionTrainer(Trainer):
         start = f"resuming from {resume_from_checkpoint}" if resume_from_checkpoint else "from step 0"
         if self._resumed_step >= args.max_steps:
             start += f", which is at step {self._resumed_step}: nothing is left to train"
+        millions = f"{parameters / 1e6:.{1 if parameters >= 1e6 else 3}f}"
         print(
-            f"{parameters / 1e6:.1f} M parameters, {len(self.store)} images, {args.max_steps} steps of "
+            f"{millions} M parameters, {len(self.store)} images, {args.max_steps} steps of "
             f"{args.per_device_train_batch_size} x {args.gradient_accumulation_steps} x {args.dataset_world_size} "
             f"samples on {args.device}, {start}; logs in {args.logging_dir}",
             flush=True,
@@ -237,7 +239,7 @@ class LatentDiffusionTrainer(Trainer):
     def compute_loss(self, model, inputs, return_outputs=False):
         with precision.autocast(self.args.cpu_dtype):
             losses = self.objective.losses(
-                self.denoiser(model, inputs), inputs["latents"], t=inputs["t"], noise=inputs["noise"]
+                self.denoiser(model, inputs), self.latents(inputs), t=inputs["t"], noise=inputs["noise"]
             )
         terms = {name: value.mean() for name, value in losses.items()}
         self._meter.add(terms)
@@ -322,6 +324,11 @@ class LatentDiffusionTrainer(Trainer):
             checkpoint.read_rng_state(rng_file)
 
 
+def check_average(folder: Path) -> None:
+    """Raises `InputError` unless a checkpoint has averaged weights."""
+    checkpoint.check_has(folder, checkpoint.EMA_MODEL, "it was saved without an average; give --use_ema False")
+
+
 def check_state(path: Path, step: int) -> None:
     """What PaddleNLP reads of a checkpoint itself; it takes over whatever the file says.
 
@@ -341,7 +348,7 @@ def check_state(path: Path, step: int) -> None:
 def run_training(
     trainer_class: type[LatentDiffusionTrainer],
     objective: Objective,
-    store: FeatureStore,
+    make_store: Callable[[Path | None], FeatureStore],
     build_model: Callable[[Path | None], tuple[paddle.nn.Layer, list[str]]],
     make_drawer: Callable[[], Callable[[paddle.nn.Layer], dict[str, np.ndarray]] | None],
     make_maker: Callable[[], SampleMaker],
@@ -355,9 +362,9 @@ def run_training(
     Args:
         trainer_class: the system's.
         objective: makes the loss.
-        store: the features.
-        build_model: gives the network to begin with, and sentences about it, for the checkpoint folder that is resumed
-            or None.
+        make_store: gives the features, for the checkpoint folder that is resumed or None; it may take hours to make
+            them, so it is called when flags and output folder have been checked.
+        build_model: gives the network to begin with, and sentences about it, for that folder or None.
         make_drawer: gives what `log_images` takes, or None where no images can be drawn.
         make_maker: gives what makes the samples that `--eval_steps` asks for.
         suite_args: flags of this suite.
@@ -376,10 +383,13 @@ def run_training(
     with locked_folder(output_dir) if args.process_index == 0 else contextlib.nullcontext():
         checkpoint.check_shared(output_dir)
         resume = choose_checkpoint(args)
+        if resume is not None and suite_args.use_ema:
+            check_average(resume)
         after = steps_kept(output_dir, resume)
         evaluation = open_evaluation(eval_flags, make_maker, output_dir)
         logs_images = suite_args.image_logging_steps > 0 and args.should_save and "visualdl" in args.report_to
         draw = make_drawer() if logs_images else None
+        store = make_store(resume)
 
         set_seed(args.seed)
         # Under sharding that seeds each process differently. Weights become those of the first when they are wrapped,

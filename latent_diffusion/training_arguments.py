@@ -4,7 +4,7 @@ import math
 import sys
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Optional
+from typing import ClassVar, Optional
 
 import paddle
 from paddlenlp.trainer import PdArgumentParser, TrainingArguments
@@ -145,6 +145,8 @@ class SuiteArguments:
     """Flags of this suite, beside those of PaddleNLP's `TrainingArguments`."""
 
     _argument_group_name = "this suite's own flags"
+    # Further names of flags, by their own.
+    _aliases: ClassVar[dict[str, tuple[str, ...]]] = {}
 
     pretrained_model_name_or_path: Optional[str] = field(
         default=None,
@@ -162,7 +164,7 @@ class SuiteArguments:
         default="stabilityai/sd-vae-ft-mse",
         metadata={"help": "VAE that decodes logged and evaluated images: a ppdiffusers folder or a name on the hub"},
     )
-    image_logging_steps: int = field(
+    image_logging_steps: Optional[int] = field(
         default=1000, metadata={"help": "log a grid of EMA samples every so many steps, 0 for never"}
     )
     num_inference_steps: int = field(default=25, metadata={"help": "sampling steps of logged and evaluated images"})
@@ -196,7 +198,8 @@ class SuiteArguments:
 
     def __post_init__(self):
         check_number("--ema_decay", self.ema_decay, 0, 1)
-        check_number("--image_logging_steps", self.image_logging_steps, 0)
+        if self.image_logging_steps is not None:
+            check_number("--image_logging_steps", self.image_logging_steps, 0)
         check_number("--num_inference_steps", self.num_inference_steps, 1, 1001)
 
 
@@ -205,6 +208,8 @@ class SuiteTrainingArguments(TrainingArguments):
     """PaddleNLP's training arguments with the defaults of diffusion training and of the machine at hand."""
 
     _argument_group_name = "PaddleNLP's TrainingArguments"
+    # Further names of flags, by their own; errors say the first of them.
+    _aliases: ClassVar[dict[str, tuple[str, ...]]] = {}
 
     learning_rate: float = field(default=1e-4, metadata={"help": "learning rate of AdamW"})
     max_grad_norm: float = field(default=-1.0, metadata={"help": "clip the gradient to this norm; -1 for no clipping"})
@@ -255,17 +260,23 @@ class SuiteTrainingArguments(TrainingArguments):
 
     def _check_numbers(self) -> None:
         for name, (least, too_large) in _RANGES.items():
-            check_number(f"--{name}", getattr(self, name), least, too_large)
+            check_number(self._flag(name), getattr(self, name), least, too_large)
         for name in ("adam_epsilon", "scale_loss"):
             if getattr(self, name) <= 0:
                 raise InputError(f"--{name} must be positive, not {getattr(self, name)}")
         if self.save_total_limit is not None:
-            check_number("--save_total_limit", self.save_total_limit, 1)
+            check_number(self._flag("save_total_limit"), self.save_total_limit, 1)
         if self.max_steps != -1:
-            check_number("--max_steps", self.max_steps, 1, MOST_STEPS)
+            check_number(self._flag("max_steps"), self.max_steps, 1, MOST_STEPS)
         elif self.num_train_epochs == 0:
-            raise InputError("--num_train_epochs 0 leaves nothing to train; give a positive number, or --max_steps")
+            raise InputError(
+                f"--num_train_epochs 0 leaves nothing to train; give a positive number, or {self._flag('max_steps')}"
+            )
         check_hours(self.max_run_hours)
+
+    def _flag(self, name: str) -> str:
+        """The flag of an attribute, as errors name it."""
+        return f"--{self._aliases.get(name, (name,))[0]}"
 
     def _is_given(self, name: str) -> bool:
         """Whether a flag has another value than its default."""
@@ -302,9 +313,10 @@ class SuiteTrainingArguments(TrainingArguments):
         schedule = SchedulerType(self.lr_scheduler_type)
         for name, schedules in _SCHEDULES_WITH.items():
             if self._is_given(name) and schedule not in schedules:
+                known = " or ".join(known.value for known in schedules)
                 raise InputError(
-                    f"--{name} has no effect with --lr_scheduler_type {schedule.value}; leave it out or take "
-                    f"{' or '.join(known.value for known in schedules)}"
+                    f"{self._flag(name)} has no effect with {self._flag('lr_scheduler_type')} {schedule.value}; leave "
+                    f"it out or take {known}"
                 )
         if self.warmup_ratio and self.warmup_steps:
             raise InputError("--warmup_ratio and --warmup_steps exclude each other")
@@ -369,8 +381,15 @@ class SuiteTrainingArguments(TrainingArguments):
                 raise InputError(f"--{name} has no effect without --fp16 or --bf16 on a GPU; leave it out")
 
 
-def check_warmup(args: SuiteTrainingArguments) -> None:
-    """Raises `InputError` where the warmup takes all of `args.max_steps`: the polynomial divides by what is left."""
+def settle_steps(args: SuiteTrainingArguments, images: int) -> None:
+    """Sets `args.max_steps`, where that is left to the epochs, for so many images.
+
+    Raises:
+        InputError: the warmup takes all of the steps, and the polynomial divides by what is left.
+    """
+    if args.max_steps <= 0:
+        samples_per_step = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.dataset_world_size
+        args.max_steps = math.ceil(images * args.num_train_epochs / samples_per_step)
     warmup = args.warmup_steps or int(args.warmup_ratio * args.max_steps)
     if args.lr_scheduler_type is SchedulerType.POLYNOMIAL and warmup >= args.max_steps:
         raise InputError(
@@ -390,6 +409,8 @@ def parse(*types: type, description: str) -> tuple:
         InputError: a value that cannot be, or flags that contradict each other.
     """
     parser = _Parser(types, description=description)
+    for kind in types:
+        parser.add_aliases(kind._aliases)
     try:
         *instances, unknown = parser.parse_args_into_dataclasses(
             return_remaining_strings=True, look_for_args_file=False

@@ -24,7 +24,7 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from .errors import InputError
-from .files import replace_file
+from .files import replace_file, set_usual_mode
 
 WEIGHT_SUFFIXES = (".pdparams", ".pt", ".pth", ".bin", ".safetensors")
 
@@ -123,8 +123,12 @@ def read_content(path: str | os.PathLike) -> Any:
     return read_paddle(path)
 
 
-def read_config(path: str | os.PathLike) -> dict | None:
+def read_config(path: str | os.PathLike, record: str = _CONFIG_RECORD) -> dict | None:
     """The configuration that `write_torch` or `write_safetensors` stored with the weights, or None.
+
+    Args:
+        path: the file.
+        record: the name of another configuration, which another program stored there.
 
     Raises:
         InputError: the file cannot be read, or its configuration is not a JSON object.
@@ -134,12 +138,12 @@ def read_config(path: str | os.PathLike) -> dict | None:
     text = None
     if head.startswith(_ZIP):
         with _refusing(path, "torch.save"), zipfile.ZipFile(path) as zip_file:
-            text = _TorchArchive(zip_file, path).record(_CONFIG_RECORD)
+            text = _TorchArchive(zip_file, path).record(record)
     elif _looks_like_safetensors(path, head):
         from safetensors import safe_open
 
         with _refusing(path, "safetensors"), safe_open(path, framework="np") as file:
-            text = (file.metadata() or {}).get(_CONFIG_RECORD)
+            text = (file.metadata() or {}).get(record)
     if text is None:
         return None
     with _refusing(path, "weights with a configuration"):
@@ -306,6 +310,7 @@ def write_safetensors(
             if found := re.search(r"os error (\d+)", str(error)):  # all it says of what the system said
                 raise OSError(int(found[1]), os.strerror(int(found[1]))) from error
             raise
+        set_usual_mode(temporary)
 
     replace_file(Path(path), write)
 

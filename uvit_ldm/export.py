@@ -1,6 +1,5 @@
 """A trained U-ViT as a text-to-image pipeline folder of ppdiffusers."""
 
-import json
 import math
 from pathlib import Path
 
@@ -10,7 +9,7 @@ import paddle
 from latent_diffusion.errors import InputError
 from latent_diffusion.files import new_folder, write_json
 from latent_diffusion.pretrained import COMPONENT_CONFIG
-from latent_diffusion.text_encoder import TextEncoder
+from latent_diffusion.text_encoder import TextEncoder, save_tokenizer
 from latent_diffusion.vae import load_fitting_vae
 from latent_diffusion.weights import write_paddle
 
@@ -24,9 +23,6 @@ _STOCK_SCALING_FACTOR = 0.18215
 _STOCK_TOKENS = 77
 
 _MODEL_FILE = "model_state.pdparams"
-
-# What PaddleNLP writes of the folder a tokenizer came from.
-_PLACES = ("name_or_path", "special_tokens_map_file", "tokenizer_file")
 
 
 def export_pipeline(
@@ -58,7 +54,7 @@ def export_pipeline(
     with new_folder(output_path, marker="model_index.json") as folder:
         vae.save_pretrained(str(folder / "vqvae"), safe_serialization=False)
         _save_text_encoder(text_encoder.model, folder / encoder)
-        _save_tokenizer(text_encoder.tokenizer, folder / "tokenizer")
+        save_tokenizer(text_encoder.tokenizer, folder / "tokenizer")
         scheduler.save_pretrained(str(folder / "scheduler"))
         _save_network(model, folder / COMPONENT)
         own = "ppdiffusers" if stock else "uvit_ldm.pipeline"
@@ -108,14 +104,6 @@ def _save_text_encoder(model, folder: Path) -> None:
     model.save_pretrained(str(folder))
     # Its former name, which PaddleNLP still reads and published folders have.
     (folder / "config.json").rename(folder / "model_config.json")
-
-
-def _save_tokenizer(tokenizer, folder: Path) -> None:
-    tokenizer.save_pretrained(str(folder))
-    # It would say where on this machine it was read.
-    path = folder / "tokenizer_config.json"
-    values = json.loads(path.read_text())
-    write_json(path, {key: value for key, value in values.items() if key not in _PLACES})
 
 
 def _save_network(model: UViT, folder: Path) -> None:

@@ -3,7 +3,7 @@
 import hashlib
 import json
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,9 +15,9 @@ from latent_diffusion.configuration import VAE_DOWNSAMPLING, check_image_size
 from latent_diffusion.errors import InputError
 from latent_diffusion.extraction import (
     LAYOUTS,
+    CaptionSource,
     Extracted,
     ImageSource,
-    Source,
     Work,
     batches,
     check_at_least_one,
@@ -164,20 +164,6 @@ def write_prompts(features_path: Path, prompts: list[str], encoder: TextEncoder)
     with new_folder(prompts_folder(features_path), image_name(0)) as folder:
         for number, prompt in enumerate(prompts):
             write_prompt(folder / image_name(number), prompt, encoder.encode([prompt])[0])
-
-
-class CaptionSource(Source):
-    """The captions of a list."""
-
-    def __init__(self, captions: list[str]):
-        self.captions = captions
-
-    def read_ahead(self, batches: list[range]) -> Iterator[tuple[range, list[str], np.ndarray]]:
-        for batch in batches:
-            yield batch, self.captions[batch.start : batch.stop], np.ones(len(batch), bool)
-
-    def skipped(self, number: int) -> str:
-        raise InputError(f"caption {number} ({self.captions[number]!r}) has no features; run the same command again")
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ import numpy as np
 
 from latent_diffusion.errors import InputError
 from latent_diffusion.features import FeatureStore, images_to_check, read_floats
-from latent_diffusion.packed import ABSENT, LABELS, PackedReader, is_packed
+from latent_diffusion.packed import PackedReader, count_texts, is_packed
 from latent_diffusion.reading import naming_errors
 from latent_diffusion.records import MOMENTS, TextContents, check_complete
 from latent_diffusion.vae import sample_moments
@@ -156,7 +156,7 @@ class PackedCocoFeatures(CocoFeatures):
             raise InputError(
                 f"the features in {self.contexts.folder} are contexts {found}, the model takes {config.context_shape}"
             )
-        self.captions = self._count()
+        self.captions = count_texts(self.images, self.contexts)
         self._first = np.cumsum(self.captions) - self.captions
 
     def _moments(self, index: int) -> np.ndarray:
@@ -164,21 +164,6 @@ class PackedCocoFeatures(CocoFeatures):
 
     def _context(self, index: int, caption: int) -> np.ndarray:
         return self.contexts.read([int(self._first[index]) + caption], [0])[0, 0]
-
-    def _count(self) -> np.ndarray:
-        # The label of a caption is the number of its image; captions are in the order of the images.
-        owners, images = self.contexts.labels, len(self.images.labels)
-        numbers, counts = np.unique(owners, return_counts=True)
-        if (
-            ABSENT in self.images.labels
-            or not np.array_equal(numbers, np.arange(images))
-            or (np.diff(owners) < 0).any()
-        ):
-            raise InputError(
-                f"{self.contexts.folder / LABELS} does not give each image of {self.images.folder} its captions, in "
-                "order; extract them again"
-            )
-        return counts
 
 
 def _check_present(folder: Path, split: str) -> None:

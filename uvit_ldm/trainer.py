@@ -111,7 +111,7 @@ def train(uvit_args: UViTArguments, args: UViTTrainingArguments) -> None:
     run_training(
         UViTTrainer,
         make_objective(),
-        store,
+        lambda resumed: store,
         lambda resumed: build_model(config, uvit_args.pretrained, resumed),
         lambda: _image_drawer(config, uvit_args, store, args.seed),
         lambda: _sample_maker(config, uvit_args),

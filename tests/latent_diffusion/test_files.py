@@ -4,11 +4,14 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
+from safetensors.numpy import save_file
 
 from latent_diffusion import files
 from latent_diffusion.errors import InputError
 from latent_diffusion.files import locked_folder, new_folder, preparing_folder, publish_folder, replace_file
+from latent_diffusion.weights import write_safetensors
 from tests.cli.commands import REPOSITORY
 
 
@@ -40,6 +43,19 @@ def test_a_failed_write_leaves_the_old_file(tmp_path, failure):
     with pytest.raises(type(failure)):
         replace_file(path, write)
     assert content(tmp_path) == {"a.txt": "old"}
+
+
+@pytest.mark.parametrize(("mask", "mode"), [(0o022, 0o644), (0o077, 0o600)])
+def test_weights_can_be_read_by_whom_the_user_lets_read(tmp_path, mask, mode):
+    before = os.umask(mask)
+    try:
+        write_safetensors(tmp_path / "a.safetensors", {"a": np.zeros(1)})
+        with new_folder(tmp_path / "pipeline", marker="unet") as folder:
+            save_file({"a": np.zeros(1)}, folder / "unet")
+    finally:
+        os.umask(before)
+    for file in ("a.safetensors", "pipeline/unet"):
+        assert (tmp_path / file).stat().st_mode & 0o777 == mode
 
 
 def test_a_failed_flush_leaves_the_old_file(tmp_path, monkeypatch):

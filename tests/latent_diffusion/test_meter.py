@@ -78,3 +78,22 @@ def test_steps_that_were_left_out_take_time_and_have_no_loss(monkeypatch):
             measured.end_step(made=loss == 1.0)
         now[0] += 4.0
         assert measured.read() == expected | {"samples_per_second": 4.0, "steps_per_second": 0.5}
+
+
+def test_the_steady_rate_is_of_the_median_step_without_the_first_ones_and_without_pauses(monkeypatch):
+    now = [100.0]
+    monkeypatch.setattr(meter.time, "perf_counter", lambda: now[0])
+    measured = Meter(samples_per_step=8)
+    assert measured.steady_rate() is None
+    for step, seconds in enumerate([50.0] * meter.FIRST_STEPS + [2.0, 2.0, 40.0, 4.0, 2.0]):
+        measured.add({"loss": paddle.to_tensor(1.0)})
+        now[0] += seconds / 2
+        if step % 3 == 0:
+            measured.read()
+        with measured.paused():
+            now[0] += 50.0
+        now[0] += seconds / 2
+        measured.end_step()
+        if step < meter.FIRST_STEPS:
+            assert measured.steady_rate() is None
+    assert measured.steady_rate() == 8 / 2.0
