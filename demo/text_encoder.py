@@ -61,15 +61,25 @@ def write_text_encoder(texts: Iterable[str], folder: Path) -> None:
         texts: of words in lower case letters, and numerals.
         folder: serves as `--text_encoder_name_or_path` and as `--tokenizer_name_or_path`; it appears once whole.
     """
+    with new_folder(folder, marker="config.json") as temporary:
+        tokens = write_tokenizer(texts, temporary)
+        _random_clip(tokens).save_pretrained(str(temporary), safe_serialization=False)
+
+
+def write_tokenizer(texts: Iterable[str], folder: Path) -> int:
+    """Writes the files of a `CLIPTokenizer` with a token for each word of the texts, see `write_text_encoder`.
+
+    Returns:
+        How many tokens there are; the last two are those that begin and end a text.
+    """
     merges = learn_merges(texts)
     letters = [letter + end for end in ("", WORD_END) for letter in string.ascii_lowercase + string.digits]
     tokens = [*letters, *map("".join, merges), *SPECIAL_TOKENS]
-    with new_folder(folder, marker="config.json") as temporary:
-        (temporary / "vocab.json").write_text(json.dumps({token: number for number, token in enumerate(tokens)}))
-        # CLIP's file has a line of its version first.
-        lines = ["#version: 0.2", *map(" ".join, merges)]
-        (temporary / "merges.txt").write_text("\n".join(lines) + "\n")
-        _random_clip(len(tokens)).save_pretrained(str(temporary), safe_serialization=False)
+    (folder / "vocab.json").write_text(json.dumps({token: number for number, token in enumerate(tokens)}))
+    # CLIP's file has a line of its version first.
+    lines = ["#version: 0.2", *map(" ".join, merges)]
+    (folder / "merges.txt").write_text("\n".join(lines) + "\n")
+    return len(tokens)
 
 
 def _random_clip(vocabulary: int):
@@ -95,10 +105,19 @@ def _random_clip(vocabulary: int):
             pad_token_id=end,
         )
     )
-    # Words begin alike, within 0.02 of each other; the sum of the random layers would bury what is left of them.
+    spread_words(model)
+    return model
+
+
+def spread_words(model) -> None:
+    """Draws the vectors of a CLIP text model's words from N(0, 1).
+
+    They begin alike, within 0.02 of each other; the sum of the random layers would bury what is left of them.
+    """
+    import paddle
+
     table = model.text_model.embeddings.token_embedding.weight
     table.set_value(paddle.randn(table.shape))
-    return model
 
 
 def parse_arguments() -> argparse.Namespace:
