@@ -1,5 +1,6 @@
 """The table of attacks: hostile files of every kind that this project reads, each with the function that reads it."""
 
+import atexit
 import bz2
 import functools
 import io
@@ -9,6 +10,7 @@ import pickle
 import shutil
 import struct
 import tarfile
+import tempfile
 import zipfile
 import zlib
 from collections.abc import Callable, Iterator
@@ -16,8 +18,11 @@ from pathlib import Path
 
 import numpy as np
 import paddle
+import pyarrow as pa
 from PIL import Image
+from pyarrow import parquet
 
+from demo.tiny_sdxl import write_pipeline
 from dit.configuration import DiTConfig
 from dit.export import read_labels
 from dit.features import open_features
@@ -46,6 +51,15 @@ from latent_diffusion.text_encoder import load_text_encoder, load_tokenizer
 from latent_diffusion.trainer import check_state
 from latent_diffusion.vae import load_vae
 from latent_diffusion.weights import read_config, read_object_array, read_paddle, read_weights, write_paddle
+from sdxl_lora.dataset import open_dataset
+from sdxl_lora.lora import read_lora
+from sdxl_lora.pretrained import (
+    load_noise_schedule,
+    load_scheduler,
+    load_unet,
+    zeros_for_empty_prompt,
+)
+from sdxl_lora.text_encoders import TextEncoders
 from tests.latent_diffusion.test_weights import (
     HOSTILE,
     HOSTILE_OBJECTS,
@@ -81,7 +95,7 @@ def attacks() -> list[Attack]:
     """All attacks, in an order that does not change."""
     tables = (
         *(pickles, object_arrays, torch_archives, safetensors, checkpoints, arrays, archives),
-        *(json_files, yaml_files, tar_shards, images, captions, model_folders),
+        *(json_files, yaml_files, tar_shards, images, captions, model_folders, datasets, pipelines),
     )
     return [attack for table in tables for attack in table()]
 
@@ -97,6 +111,7 @@ def warm_up() -> None:
     )
 
     _checkpoint_files()
+    _pipeline()
 
 
 # Pickles
@@ -1134,3 +1149,209 @@ def model_folders() -> Iterator[Attack]:
             path.with_name("model_state.pdparams").write_bytes(_checkpoint_files()["model_state.pdparams"])
 
         yield Attack("model folders", f"a transformer {name}", read_pipeline, "config.json", component)
+
+
+# Datasets of captioned images
+
+
+def _captioned(change: Callable[[Path], object], file: str = "train.parquet") -> Callable[[Path], None]:
+    """Writes a dataset of one image, in parquet or with metadata, before the change."""
+
+    def write(path: Path) -> None:
+        folder = path.parent
+        if file.endswith(".parquet"):
+            _parquet(folder / file, {"image": [_PIXEL.getvalue()], "text": ["a"]})
+        else:
+            (folder / "0.png").write_bytes(_PIXEL.getvalue())
+            (folder / file).write_text(json.dumps({"file_name": "0.png", "text": "a"}) + "\n")
+        change(path)
+
+    return write
+
+
+_IMAGE = pa.struct({"bytes": pa.binary(), "path": pa.string()})
+
+
+def _parquet(path: Path, columns: dict, dictionaries: bool = True, **metadata: str) -> None:
+    table = pa.table(columns).replace_schema_metadata(metadata)
+    parquet.write_table(table, path, compression="zstd", use_dictionary=dictionaries, write_statistics=False)
+
+
+def _read_dataset(path: Path) -> None:
+    images = open_dataset(str(path.parent), None, None)
+    images.image(0)
+
+
+def _repeated(value: bytes | str) -> pa.Array:
+    """A value 100,000 times, which takes a few bytes more than once."""
+    return pa.DictionaryArray.from_arrays(pa.array(np.zeros(10**5, np.int32)), [value])
+
+
+def _replaced_by(content: Content) -> Callable[[Path], object]:
+    def write(path: Path) -> None:
+        path.unlink(missing_ok=True)
+        content(path) if callable(content) else path.write_bytes(content)
+
+    return write
+
+
+def datasets() -> Iterator[Attack]:
+    png = _PIXEL.getvalue()
+    features = {"image": {"_type": "os.system"}, "text": {"dtype": "string", "_type": "Value"}}
+    hostile = json.dumps({"info": {"features": features}})
+    table: dict[str, Callable[[Path], object]] = {
+        "10**7 rows of nothing": lambda path: _parquet(
+            path, {"image": pa.nulls(10**7, "binary"), "text": pa.nulls(10**7, "string")}
+        ),
+        "one image 100,000 times": lambda path: _parquet(
+            path, {"image": _repeated(bytes(10**5)), "text": _repeated("a")}
+        ),
+        "an image of 300 MB of zeros": lambda path: _parquet(
+            path, {"image": [bytes(300_000_000)], "text": ["a"]}, False
+        ),
+        "features of another class": lambda path: _parquet(path, {"image": [png], "text": ["a"]}, huggingface=hostile),
+        "deep features": lambda path: _parquet(path, {"image": [png], "text": ["a"]}, huggingface="[" * 100_000),
+        "an image elsewhere": lambda path: _parquet(
+            path, {"image": pa.array([{"bytes": None, "path": "../secret.txt"}], _IMAGE), "text": ["a"]}
+        ),
+        "a pipe": _replaced_by(_STRANGE["a pipe"]),
+        "endless, by a link": _replaced_by(_STRANGE["endless, by a link"]),
+        "20 GB of nothing": _replaced_by(_STRANGE["20 GB of nothing"]),
+        "EPS (Ghostscript)": lambda path: _parquet(path, {"image": [_EPS], "text": ["a"]}),
+    }
+    for name, change in table.items():
+        yield Attack("datasets", name, _read_dataset, "train.parquet", _captioned(change), named="inside")
+    laughs = "x: &a [a, a, a, a, a, a, a, a, a]\n" + "".join(
+        f"{chr(letter)}: &{chr(letter)} [{', '.join([f'*{chr(letter - 1)}'] * 9)}]\n" for letter in range(98, 112)
+    )
+    cards = {
+        "a billion laughs": f"---\n{laughs}configs: *o\n---\n".encode(),
+        "laughs for features": f"---\n{laughs}dataset_info:\n  features: *o\n---\n".encode(),
+        "deep lists": b"---\nconfigs: " + b"[" * 5_000 + b"\n---\n",
+        "a call": b"---\nconfigs: !!python/object/apply:os.system ['touch code-was-run']\n---\n",
+        "20 GB of nothing": _STRANGE["20 GB of nothing"],
+        "a pipe": _STRANGE["a pipe"],
+        "endless, by a link": _STRANGE["endless, by a link"],
+    }
+    for file in ("README.md", ".huggingface.yaml", "dataset_infos.json"):
+        for name, content in cards.items():
+            if isinstance(content, bytes) and file == "dataset_infos.json":
+                continue
+            if isinstance(content, bytes) and file != "README.md":
+                content = content.removeprefix(b"---\n").removesuffix(b"---\n")
+            write = _captioned(_replaced_by(content))
+            yield Attack("datasets", f"{name} in {file}", _read_dataset, file, write, named="inside")
+    write = _captioned(_replaced_by(b'{"a": ' + b"[" * 100_000))
+    yield Attack(
+        "datasets", "deep lists in dataset_infos.json", _read_dataset, "dataset_infos.json", write, named="inside"
+    )
+    lines: dict[str, Content] = {
+        "a file above": b'{"file_name": "../secret.txt", "text": "a"}',
+        "a file of the system": b'{"file_name": "/etc/passwd", "text": "a"}',
+        "a file on the network": b'{"file_name": "http://127.0.0.1:9/0.png", "text": "a"}',
+        "deep lists": b'{"file_name": "0.png", "text": ' + b"[" * 1_000_000,
+        "a line of 20 GB": _STRANGE["20 GB of nothing"],
+        "a pipe": _STRANGE["a pipe"],
+        "endless, by a link": _STRANGE["endless, by a link"],
+    }
+    for name, content in lines.items():
+        yield Attack(
+            "datasets",
+            f"{name} in metadata.jsonl",
+            _read_dataset,
+            "metadata.jsonl",
+            _captioned(_replaced_by(content), "metadata.jsonl"),
+            named="inside",
+        )
+
+
+# Pipelines of Stable Diffusion XL
+
+
+@functools.cache
+def _pipeline() -> Path:
+    """The folder of a tiny one, made once, which this process removes at its end."""
+    folder = Path(tempfile.mkdtemp(prefix="pipeline-"))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    write_pipeline(folder / "pipeline", ["a cat"])
+    return folder / "pipeline"
+
+
+def _pipeline_with(change: Callable[[Path], object]) -> Callable[[Path], None]:
+    """Writes a pipeline into the folder above that of the file, before the change."""
+
+    def write(path: Path) -> None:
+        shutil.copytree(_pipeline(), path.parents[1], dirs_exist_ok=True)
+        change(path)
+
+    return write
+
+
+def pipelines() -> Iterator[Attack]:
+    def read_unet(path: Path) -> None:
+        load_unet(str(path.parents[1]))
+
+    for key, value in {
+        "block_out_channels": [10**6, 10**6],
+        "layers_per_block": HUGE,
+        "transformer_layers_per_block": HUGE,
+        "cross_attention_dim": HUGE,
+        "attention_head_dim": 0,
+        "in_channels": HUGE,
+        "down_block_types": ["os.system"] * 2,
+        "mid_block_type": "__import__('os')",
+        "act_fn": "os.system",
+    }.items():
+        content = _pipeline_with(_with_json(**{key: value}))
+        yield Attack(
+            "pipelines", f"a UNet of {key} {str(value):.20}", read_unet, "unet/config.json", content, named="inside"
+        )
+    blocks = {"block_out_channels": [32] * 10**5, "down_block_types": ["DownBlock2D"] * 10**5}
+    blocks |= {"up_block_types": ["UpBlock2D"] * 10**5, "attention_head_dim": 2, "transformer_layers_per_block": 1}
+    content = _pipeline_with(_with_json(**blocks))
+    yield Attack("pipelines", "a UNet of 10**5 blocks", read_unet, "unet/config.json", content)
+    for name, written in {"a pickle": SYSTEM, "a torch pickle": torch_file(SYSTEM)}.items():
+        content = _pipeline_with(_write(written))
+        yield Attack("pipelines", f"a UNet of {name}", read_unet, "unet/model_state.pdparams", content)
+
+    def read_encoders(path: Path) -> None:
+        TextEncoders.load(str(path.parents[1]))
+
+    for part, key in (("text_encoder", "vocab_size"), ("text_encoder_2", "projection_dim")):
+        content = _pipeline_with(_with_json(**{key: HUGE}))
+        yield Attack("pipelines", f"a {part} of {key} 10**9", read_encoders, f"{part}/config.json", content)
+
+    def read_scheduler(path: Path) -> None:
+        load_noise_schedule(str(path.parents[1]))
+        load_scheduler(str(path.parents[1]))
+
+    for name, values in {
+        "of another class": {"_class_name": "os.system"},
+        "of a class of no scheduler": {"_class_name": "StableDiffusionXLPipeline"},
+        "of a class in a list": {"_class_name": ["ppdiffusers", "EulerDiscreteScheduler"]},
+        "of 10**12 steps": {"num_train_timesteps": 10**12},
+        "of betas of text": {"trained_betas": "os.system"},
+        "of betas without end": {"beta_end": 1e300},
+        "of betas that are lists": {"trained_betas": [[[]]] * 10_000},
+        "of another schedule": {"beta_schedule": "os.system"},
+        "that predicts something else": {"prediction_type": "os.system"},
+    }.items():
+        content = _pipeline_with(_with_json(**values))
+        yield Attack("pipelines", f"a scheduler {name}", read_scheduler, "scheduler/scheduler_config.json", content)
+    for name in ("deep lists", "a pipe", "endless, by a link"):
+        content = _pipeline_with(_replaced_by((_JSON | _STRANGE)[name]))
+        file = "scheduler/scheduler_config.json"
+        yield Attack(
+            "pipelines", f"a scheduler of {name}", read_scheduler, file, content, named="scheduler_config.json"
+        )
+        yield Attack(
+            "pipelines",
+            f"an index of {name}",
+            lambda path: zeros_for_empty_prompt(str(path.parent)),
+            "model_index.json",
+            (_JSON | _STRANGE)[name],
+        )
+    for name in ("paddle_lora_weights.pdparams", "pytorch_lora_weights.bin"):
+        yield Attack("pipelines", f"system in {name}", lambda path: read_lora(path.parent), name, SYSTEM)
+    sides = {f"unet.{'a.' * 200_000}to_q.lora.{side}.weight": numpy_array((2, 2)) for side in ("down", "up")}
+    yield Attack("pipelines", "a LoRA of long names", read_lora, "lora.pdparams", pickled(sides))

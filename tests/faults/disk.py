@@ -27,7 +27,7 @@ def fail_once(server: Server, kind: Kind, quiet: Quiet, folder: Path, error: str
     """One call inside saving fails; the run must end as a quiet one. Returns whether a checkpoint was left out."""
     rank = rng.randrange(kind.processes) if kind.processes > 1 else None
     # The first half: before the last save, whose failure ends the run.
-    fault = shim.Fault(SAVING, error=error, at=rng.randint(1, quiet.calls // 2), calls=1, short=True, rank=rank)
+    fault = shim.Fault(SAVING, error=error, at=rng.randint(1, quiet.calls[SAVING] // 2), calls=1, short=True, rank=rank)
     result = _train(server, kind, folder, fault)
     where = f"{kind.name}, {fault}: {result.out}"
     assert result.code == 0, where

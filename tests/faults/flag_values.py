@@ -145,6 +145,83 @@ UVIT_BAD = TRAINER_BAD | {
     "unet_config_file": ["nowhere", "{text}"],
     "model_max_length": ["0", "77"],
 }
+# Of what SDXL LoRA fine-tuning draws, and of what it needs for that.
+DRAWN = "--validation_prompts 'a cat' --report_to visualdl --image_logging_steps 1"
+SDXL_GOOD = TRAINER_GOOD | {
+    "pretrained_model_name_or_path": ["{pipeline}"],
+    "resume_from_checkpoint": ["{sdxl_run_checkpoint}", "resumed/checkpoint-1", "latest"],
+    "vae_name_or_path": ["{pipeline}/vae"],
+    "dataset_name": ["{captioned}", "{captioned_images}"],
+    "dataset_config_name": ["default"],
+    "train_data_dir": ["{captioned_images}"],
+    "image_column": ["image"],
+    "caption_column": ["text", "texts"],
+    "max_train_samples": ["1", "3", "1000000"],
+    "resolution": ["64", "32", "8"],
+    "center_crop": [None, "False"],
+    "random_flip": [None, "False"],
+    "cache_latents": [None, "False"],
+    "rank": ["1", "8"],
+    "train_text_encoder": [None, "False"],
+    "snr_gamma": ["5", "1e-3"],
+    "noise_offset": ["0", "0.1"],
+    "prediction_type": ["epsilon", "v_prediction"],
+    "ema_decay": ["0 --use_ema", "0.5 --use_ema"],
+    "ema_warmup": ["True --use_ema", "False"],
+    "validation_prompts": ["'a cat' rain --report_to visualdl", "cat --report_to visualdl --num_train_epochs 1"],
+    "num_validation_images": [f"1 {DRAWN}", f"5 {DRAWN}"],
+    "validation_epochs": ["2 --validation_prompts cat --report_to visualdl"],
+    "image_logging_steps": ["0", f"1 {DRAWN}", "1000000000 --validation_prompts cat --report_to visualdl"],
+    "guidance_scale": [f"1 {DRAWN}", f"0 {DRAWN}", f"7.5 {DRAWN}"],
+    "mixed_precision": ["no", "fp16", "bf16", "bf16 --bf16"],
+    "do_train": [None, "True"],
+    "lr_scheduler_type": ["constant", "constant_with_warmup", "linear", "cosine", "polynomial --warmup_steps 0"],
+    "warmup_steps": ["0", "500", "0 --lr_scheduler_type linear", "1 --lr_scheduler_type polynomial"],
+    "lr_end": ["1e-7", "0 --lr_scheduler_type polynomial --warmup_steps 0"],
+    "power": ["1", "0 --lr_scheduler_type polynomial --warmup_steps 0"],
+}
+del SDXL_GOOD["no_use_ema"]  # it is off unless it is asked for
+SDXL_BAD = TRAINER_BAD | {
+    "pretrained_model_name_or_path": ["nowhere", "{text}", "{vae}", "{dit_run_checkpoint}"],
+    "resume_from_checkpoint": [
+        *TRAINER_BAD["resume_from_checkpoint"],
+        "{dit_run_checkpoint}",
+        "latest --overwrite_output_dir",
+        "{sdxl_run_checkpoint} --rank 8",
+        "{sdxl_run_checkpoint} --rank 8 --cache_latents",
+        "{sdxl_run_checkpoint} --train_text_encoder",
+        "{sdxl_run_checkpoint} --use_ema",
+    ],
+    "vae_name_or_path": ["nowhere", "{text}"],
+    "dataset_name": ["nowhere", "{text}", "owner/name", "{nothing}", "{features}"],
+    "dataset_config_name": ["nonsense", "default --train_data_dir {captioned_images}"],
+    "train_data_dir": [
+        "nowhere",
+        "{text}",
+        "{captioned}",
+        "{nothing}",
+        "{captioned_images} --dataset_name {captioned}",
+    ],
+    "image_column": ["nonsense", "text"],
+    "caption_column": ["nonsense", "image"],
+    "max_train_samples": ["0", "-1"],
+    "resolution": ["0", "-8", "63", "16384"],
+    "rank": ["0", "-1", "5000"],
+    "snr_gamma": ["0", "-1"],
+    "noise_offset": ["-0.1", "1e9"],
+    "ema_decay": ["1 --use_ema", "-0.1 --use_ema", "0.5"],
+    "ema_warmup": ["True"],
+    "validation_prompts": ['""', "cat"],
+    "num_validation_images": ["2", f"0 {DRAWN}", f"1025 {DRAWN}"],
+    "validation_epochs": ["2", f"2 {DRAWN}", "0 --validation_prompts cat --report_to visualdl"],
+    "image_logging_steps": ["-1", "1"],
+    "guidance_scale": [f"-1 {DRAWN}", f"1e9 {DRAWN}"],
+    "mixed_precision": ["fp16 --bf16", "no --fp16"],
+    "no_do_train": [None],
+    "lr_scheduler_type": ["nonsense", "polynomial --cache_latents"],
+    "warmup_steps": ["-1", "1", "2 --lr_scheduler_type polynomial"],
+    "eval_reference": [*TRAINER_BAD["eval_reference"], "nowhere --eval_steps 1 --cache_latents"],
+}
 EXPERIMENT_EVALUATED = EVALUATED.replace("_", "-")
 LOOP_GOOD = {
     "config": ["{yaml}"],
@@ -342,6 +419,18 @@ CONVERT_BAD = {
     "vae_name_or_path": ["{text}"],
     "output_path": ["{text}", "{images}", "/proc/out"],
     "id2label": ["nowhere", "{text}"],
+}
+MERGE_GOOD = {
+    "pretrained_model_name_or_path": ["{pipeline}"],
+    "lora_path": ["{sdxl_run_checkpoint}", "{sdxl_run_checkpoint}/pytorch_lora_weights.safetensors"],
+    "output_path": ["merged", "a/b"],
+    "vae_name": ["{pipeline}/vae"],
+}
+MERGE_BAD = {
+    "pretrained_model_name_or_path": ["nowhere", "{text}", "{vae}"],
+    "lora_path": ["nowhere", "{text}", "{images}", "{dit_run_checkpoint}", "{official}"],
+    "output_path": ["{text}", "{images}", "/proc/out"],
+    "vae_name": ["nowhere", "{text}"],
 }
 BACK_GOOD = {
     "model_file": ["{official}"],

@@ -17,7 +17,7 @@ import shutil
 import time
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from unittest import mock
 
@@ -28,6 +28,7 @@ from latent_diffusion.command_line import ArgumentParser
 from latent_diffusion.training_arguments import UNSUPPORTED
 from tests.cli.commands import REPOSITORY, TINY, Command, Result, write_features, write_reference
 from tests.conftest import DATA, dit_config, write_clip, write_vae
+from tests.sdxl_lora.captioned import pixels, png, write_image_folder, write_parquet
 
 from . import flag_values as values
 from .runs import Server
@@ -47,6 +48,7 @@ class Surface:
         bad: values that are refused.
         result: a pattern of what a run leaves.
         given: name of the folder whose content a run finds where it is started.
+        instead: by flag what it takes the place of in `base`.
     """
 
     module: str
@@ -55,6 +57,7 @@ class Surface:
     bad: dict[str, list[str | None]]
     result: str
     given: str = "nothing"
+    instead: dict[str, str] = field(default_factory=dict)
 
     @property
     def script(self) -> Path:
@@ -73,6 +76,16 @@ class Surface:
                     named[name.removeprefix("--")] = action
         return named
 
+    def aliases(self) -> dict[str, str]:
+        """The flag that each further name means, without dashes."""
+        return {
+            name.removeprefix("--"): flag
+            for flag, action in self.actions().items()
+            if not isinstance(action, argparse.BooleanOptionalAction)
+            for name in action.option_strings
+            if name.startswith("--") and name != f"--{flag}"
+        }
+
     def _parser(self) -> ArgumentParser:
         def stop(parser, *args, **kwargs):
             raise _Parsed(parser)
@@ -80,13 +93,14 @@ class Surface:
         if self.module.startswith("train_"):
             from dit.trainer import DiTArguments, DiTTrainingArguments
             from latent_diffusion import training_arguments
+            from sdxl_lora.training_arguments import LoRAArguments, LoRATrainingArguments
             from uvit_ldm.trainer import UViTArguments, UViTTrainingArguments
 
-            types = (
-                (UViTArguments, UViTTrainingArguments)
-                if "uvit" in self.module
-                else (DiTArguments, DiTTrainingArguments)
-            )
+            types = {
+                "train_image_generation_dit_trainer": (DiTArguments, DiTTrainingArguments),
+                "train_txt2img_uvit_coco_trainer": (UViTArguments, UViTTrainingArguments),
+                "train_text_to_image_lora_sdxl": (LoRAArguments, LoRATrainingArguments),
+            }[self.module]
             parse, arguments = training_arguments.parse, {"description": ""}
         else:
             types, parse, arguments = (), importlib.import_module(self.module).parse_arguments, {}
@@ -121,6 +135,17 @@ SURFACES = {
         values.UVIT_BAD,
         "checkpoint-*/model_state.pdparams",
         "uvit_run",
+    ),
+    "sdxl trainer": Surface(
+        "train_text_to_image_lora_sdxl",
+        "--pretrained_model_name_or_path {pipeline} --dataset_name {captioned} --resolution 64 --output_dir out "
+        "--train_batch_size 2 --max_train_steps 2 --num_train_epochs 1 --logging_steps 1 --num_inference_steps 2 "
+        "--report_to none",
+        values.SDXL_GOOD,
+        values.SDXL_BAD,
+        "pytorch_lora_weights.safetensors",
+        "sdxl_run",
+        {"train_data_dir": "--dataset_name {captioned}"},
     ),
     "loop": Surface(
         "train",
@@ -170,6 +195,13 @@ SURFACES = {
         values.CONVERT_BAD,
         "model_index.json",
     ),
+    "merge": Surface(
+        "scripts.merge_sdxl_lora",
+        "--pretrained_model_name_or_path {pipeline} --lora_path {sdxl_run_checkpoint} --output_path out",
+        values.MERGE_GOOD,
+        values.MERGE_BAD,
+        "model_index.json",
+    ),
     "convert back": Surface(
         "scripts.convert_ppdiffusers_to_dit",
         "--model_file {official} --config_file {official_config} --output_path out.pt",
@@ -191,7 +223,10 @@ class Case:
 
     def words(self, files: dict[str, Path]) -> list[str]:
         """The command line, without the script."""
-        lines = [self.surface.base, *(f"--{flag} {value or ''}" for flag, value in self.chosen)]
+        base = self.surface.base
+        for flag, _ in self.chosen:
+            base = base.replace(self.surface.instead.get(flag, " "), " ")
+        lines = [base, *(f"--{flag} {value or ''}" for flag, value in self.chosen)]
         return shlex.split(" ".join(lines).format(**files))
 
 
@@ -253,12 +288,17 @@ def _other_than_default(action: argparse.Action) -> list[str | None]:
 
 
 def singles(surface: Surface) -> list[Case]:
-    """Every flag alone, with each of its values."""
+    """Every flag alone, with each of its values; under its further names with one."""
+    found = surface_values(surface)
+    aliases = [(alias, found[flag]["runs"][0]) for alias, flag in surface.aliases().items()]
     return [
-        Case(surface, ((flag, value),), expected)
-        for flag, by_expected in surface_values(surface).items()
-        for expected, listed in by_expected.items()
-        for value in listed
+        *(Case(surface, (chosen,), "runs") for chosen in aliases),
+        *(
+            Case(surface, ((flag, value),), expected)
+            for flag, by_expected in found.items()
+            for expected, listed in by_expected.items()
+            for value in listed
+        ),
     ]
 
 
@@ -322,7 +362,8 @@ def random_rows(surface: Surface, rng: random.Random, width: int = 3) -> Iterato
 
 def make_files(folder: Path, server: Server) -> dict[str, Path]:
     """What the values name, by name; each run's checkpoint of its first step among them."""
-    files = {name: folder / name for name in ("features", "images", "vae", "clip", "nothing", "dit_run", "uvit_run")}
+    runs = {"dit_run": "trainer", "uvit_run": "uvit trainer", "sdxl_run": "sdxl trainer"}
+    files = {name: folder / name for name in ("features", "images", "vae", "clip", "nothing", *runs)}
     for path in files.values():
         path.mkdir(parents=True)
     write_features(files["features"], 40)
@@ -356,11 +397,27 @@ def make_files(folder: Path, server: Server) -> dict[str, Path]:
     }
     for name, text in texts.items():
         files[name.removesuffix(".json")] = _write(folder / name, text.encode())
-    for run, surface in (("dit_run", "trainer"), ("uvit_run", "uvit trainer")):
+    _make_captioned(files, folder)
+    for run, surface in runs.items():
         first = Case(SURFACES[surface], (("max_steps", "1"), ("output_dir", str(files[run] / "resumed"))), "either")
         assert (problem := check(first, server, folder / "first", files)) is None, problem
         files[f"{run}_checkpoint"] = files[run] / "resumed/checkpoint-1"
     return files
+
+
+def _make_captioned(files: dict[str, Path], folder: Path) -> None:
+    """A pipeline of Stable Diffusion XL, and captioned images as parquet files and as files."""
+    from demo.tiny_sdxl import write_pipeline
+
+    captions = ["a cat", "the rain", "a red cat", "rain"]
+    files["pipeline"] = folder / "pipeline"
+    write_pipeline(files["pipeline"], captions)
+    files["captioned"] = folder / "captioned"
+    images = [{"bytes": png(pixels(k, 70, 80)), "path": None} for k in range(len(captions))]
+    write_parquet(
+        files["captioned"] / "data" / "train-00000.parquet", images, captions, texts=[[text, "it"] for text in captions]
+    )
+    files["captioned_images"] = write_image_folder(folder / "captioned_images", captions)
 
 
 def _write(path: Path, content: bytes) -> Path:

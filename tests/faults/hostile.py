@@ -35,7 +35,7 @@ _LONGEST_MESSAGE = 700
 # Events of Python's audit hooks (PEP 578) that no reader has a reason for. `pickle.find_class` is raised by Python's
 # own unpicklers alone.
 _FORBIDDEN = (
-    *("os.system", "os.exec", "os.fork", "os.posix_spawn", "os.spawn", "os.startfile", "os.kill", "os.putenv"),
+    *("os.system", "os.exec", "os.fork", "os.posix_spawn", "os.spawn", "os.startfile", "os.kill"),
     *("os.remove", "os.rename", "os.mkdir", "os.rmdir", "os.link", "os.symlink", "os.chmod", "os.chown", "os.truncate"),
     *("subprocess.", "pty.", "socket.", "shutil.", "tempfile.", "urllib.", "ctypes.dlopen", "pickle.find_class"),
 )
@@ -160,7 +160,10 @@ def _in_fork(attacks: Sequence[Attack], folder: Path) -> Iterator[Outcome]:
     pid = os.fork()
     if pid == 0:
         os.close(receiving)
-        _execute(attacks, folder, sending)
+        try:
+            _execute(attacks, folder, sending)
+        finally:
+            os._exit(1)  # whatever happens, it must not go on as its parent does
     os.close(sending)
     lines = _lines(receiving, 2 * TIME_LIMIT)
     for _ in attacks:
@@ -193,7 +196,7 @@ def _attempt(attack: Attack, folder: Path, audit: "_Audit") -> Outcome:
     (folder / _SECRET).write_text("not for anybody\n")
     path = attack.write(inside)
     os.chdir(inside)
-    before = _listing(folder)
+    before, variables = _listing(folder), dict(os.environ)
     Path("/proc/self/clear_refs").write_text("5")  # what has been the most memory so far is forgotten
     memory, start = _memory("VmRSS"), time.monotonic()
     with audit.watching(inside):
@@ -206,6 +209,8 @@ def _attempt(attack: Attack, folder: Path, audit: "_Audit") -> Outcome:
             end, message = "raised", traceback.format_exc(-3)
     seconds, memory = time.monotonic() - start, _memory("VmHWM") - memory
     changes = [f"changed {name}" for name, _ in sorted(before ^ _listing(folder))]
+    if os.environ != variables:  # some libraries change it for a while
+        changes.append("changed the environment")
     return Outcome(end, message[:4000], sorted(set(audit.events))[:10] + changes, seconds, memory)
 
 
@@ -221,6 +226,7 @@ class _Audit:
         self._inside: Path | None = None
         # What is installed and this project may be read; its temporary folders may lie in it.
         self._allowed = (*_INSTALLED, sys.prefix, sys.base_prefix, str(Path(__file__).parents[2]))
+        self._cache = tuple(filter(None, [os.environ.get("HF_DATASETS_CACHE")]))
         sys.addaudithook(self._note)  # it cannot be removed
 
     @contextlib.contextmanager
@@ -233,7 +239,7 @@ class _Audit:
             self._inside = None
 
     def _note(self, event: str, arguments: tuple) -> None:
-        if self._inside is None:
+        if self._inside is None or self._is_of_datasets(event, arguments):
             return
         if event.startswith(_FORBIDDEN):
             self.events.append(f"{event} {arguments!r:.200}")
@@ -244,6 +250,17 @@ class _Audit:
             foreign = not path.is_relative_to(self._inside) and not str(path).startswith(self._allowed)
             if neighbor or writes or foreign:
                 self.events.append(f"opened {path} with flags {arguments[2]}")
+
+    def _is_of_datasets(self, event: str, arguments: tuple) -> bool:
+        """Whether something is done to the files that the `datasets` library keeps of its own."""
+        match event, arguments:
+            case "os.truncate", (int(descriptor), _):
+                path = os.readlink(f"/proc/self/fd/{descriptor}")  # noqa: PTH115
+            case _, (str() | bytes() as name, *_):
+                path = os.path.abspath(os.fsdecode(name))  # noqa: PTH100
+            case _:
+                return False
+        return path.startswith(self._cache)
 
 
 def _lines(descriptor: int, patience: float) -> Iterator[str]:
@@ -275,6 +292,7 @@ def _in_fresh_process(folder: Path) -> list[dict[str, Any]]:
     command = [sys.executable, "-m", "tests.faults.hostile", str(folder)]
     # Freed memory then goes back to the system, so that the next attack is measured alone.
     environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "LATENT_DIFFUSION_TUNING": "off"}
+    environment["HF_DATASETS_CACHE"] = str(folder.with_name("datasets"))
     root = Path(__file__).parents[2]
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True, env=environment, cwd=root, check=True)
     return [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]

@@ -1,6 +1,7 @@
 """Kills training at random moments, many of them inside saving, and resumes it: the end must be that of a quiet run."""
 
 import dataclasses
+import fnmatch
 import json
 import random
 import shutil
@@ -14,9 +15,11 @@ from pathlib import Path
 
 import numpy as np
 
+from demo.tiny_sdxl import write_pipeline
 from latent_diffusion import checkpoint
 from latent_diffusion.weights import read_paddle
 from tests.cli.commands import LAUNCH, LOOP, REPOSITORY, TINY, TRAIN, Command, write_features
+from tests.sdxl_lora.captioned import write_image_folder
 
 from . import shim
 from .runs import Running, Server, children, exists, send, start
@@ -25,11 +28,16 @@ UVIT = str(REPOSITORY / "train_txt2img_uvit_coco_trainer.py")
 UVIT_FEATURES = REPOSITORY / "tests/data/uvit/coco_features_tiny"
 TINY_UVIT = {key: value for key, value in TINY.items() if key != "num_classes"}
 TINY_UVIT |= {"clip_dim": 32, "num_text_tokens": 7}
+SDXL = str(REPOSITORY / "train_text_to_image_lora_sdxl.py")
+CAPTIONS = ["a cat", "the rain", "a red cat"] * 4
 
 STEPS, SAVE_STEPS, BATCH = 8, 2, 8
 
 # Everything that a process does to files while it saves a checkpoint or deletes an old one.
 SAVING = "*/.checkpoint-*"
+
+# The same while images and captions are encoded.
+CACHING = "*/out/cache/*"
 
 # Kills of the full form: of runs that are forked, and of runs under Paddle's launcher.
 KILLS, LAUNCHED_KILLS = 100, 12
@@ -84,6 +92,8 @@ def make_kinds(folder: Path) -> dict[str, Kind]:
     dit, uvit = folder / "tiny.json", folder / "tiny_uvit.json"
     dit.write_text(json.dumps(TINY))
     uvit.write_text(json.dumps(TINY_UVIT))
+    write_pipeline(folder / "pipeline", CAPTIONS)
+    captioned = write_image_folder(folder / "captioned", CAPTIONS)
     trainer = ("--do_train", "--output_dir", "out", "--max_steps", STEPS, "--save_steps", SAVE_STEPS)
     trainer += ("--save_total_limit", 2, "--logging_steps", 1, "--image_logging_steps", 0, "--learning_rate", "1e-3")
     trainer += ("--ema_decay", 0.5, "--dataloader_num_workers", 0)
@@ -95,10 +105,13 @@ def make_kinds(folder: Path) -> dict[str, Kind]:
         of_dit = (TRAIN, *trainer, *share, "--config_file", dit, "--feature_path", features)
         of_uvit = (UVIT, *trainer, *share, "--unet_config_file", uvit, "--feature_path", UVIT_FEATURES)
         of_uvit += ("--model_max_length", 7)
+        of_sdxl = (SDXL, *trainer, *share, "--pretrained_model_name_or_path", folder / "pipeline", "--resolution", 32)
+        of_sdxl += ("--train_data_dir", captioned, "--cache_latents", "--random_flip", "--use_ema")
         for name, arguments, results in (
             ("trainer", of_dit, "out"),
             ("loop", (LOOP, *loop), "results/*"),
             ("uvit", of_uvit, "out"),
+            ("sdxl", of_sdxl, "out"),
         ):
             kinds[f"{name} {processes}"] = Kind(name, processes, tuple(map(str, arguments)), results)
     return kinds
@@ -111,24 +124,27 @@ class Quiet:
     Attributes:
         final: its last checkpoint.
         seconds: that it took.
-        calls: on files inside saving, that its first process made.
+        calls: that its first process made on the files of `SAVING`, and of `CACHING`.
     """
 
     final: Path
     seconds: float
-    calls: int
+    calls: dict[str, int]
 
 
 def run_quietly(server: Server, kind: Kind, folder: Path) -> Quiet:
     """Makes the run that others are compared with, in an empty folder."""
     folder.mkdir(parents=True)
     log = folder / "calls"
-    fault = shim.Fault(SAVING, log=log, rank=0 if kind.processes > 1 else None)
+    fault = shim.Fault(f"{folder}/*", log=log, rank=0 if kind.processes > 1 else None)
     began = time.monotonic()
     command = kind.command(folder, variables=fault.variables())
     result = server.start(command, folder / "output", kind.processes).result()
     assert result.code == 0, result.out
-    return Quiet(final_checkpoint(kind, folder), time.monotonic() - began, len(shim.read_log(log)))
+    seconds = time.monotonic() - began
+    paths = [call.path for call in shim.read_log(log)]
+    calls = {pattern: len(fnmatch.filter(paths, pattern)) for pattern in (SAVING, CACHING)}
+    return Quiet(final_checkpoint(kind, folder), seconds, calls)
 
 
 def final_checkpoint(kind: Kind, folder: Path) -> Path:
@@ -143,7 +159,7 @@ def compare(one: Path, other: Path) -> None:
     files = {path.name for path in one.iterdir()}
     assert files == {path.name for path in other.iterdir()}, f"{one} and {other} have other files"
     for name in sorted(files - NOT_COMPARED):
-        if name.endswith(".json"):
+        if name.endswith((".json", ".safetensors")):
             assert (one / name).read_bytes() == (other / name).read_bytes(), f"{name} of {one} and {other} differ"
             continue
         first, second = (_flat(read_paddle(folder / name)) for folder in (one, other))
@@ -228,10 +244,21 @@ def kill_inside_saving(chain: Chain) -> None:
         time.sleep(chain.rng.uniform(0, GRACE))
         running.signal(signal.SIGKILL, rank)
     else:
-        kill_at = chain.rng.randint(1, max(2, chain.quiet.calls // 2))
-        running = _start(chain, shim.Fault(SAVING, kill_at=kill_at, rank=0 if kind.processes > 1 else None))
-        wait_for(lambda: not running.is_running())
+        running = _start_to_die(chain, SAVING)
     _end(chain, running)
+
+
+def kill_inside_caching(chain: Chain) -> None:
+    """Kills the first process at a random call on the files of the cache, while it is made."""
+    _end(chain, _start_to_die(chain, CACHING))
+
+
+def _start_to_die(chain: Chain, paths: str) -> Running:
+    """Starts a run whose first process is killed at a random call on such files, and waits for its end."""
+    kill_at = chain.rng.randint(1, max(2, chain.quiet.calls[paths] // 2))
+    running = _start(chain, shim.Fault(paths, kill_at=kill_at, rank=0 if chain.kind.processes > 1 else None))
+    wait_for(lambda: not running.is_running())
+    return running
 
 
 def kill_at_any_moment(chain: Chain) -> None:
@@ -313,6 +340,9 @@ def make_chains(kinds: dict[str, Kind], kills: int, launched_kills: int) -> list
         "loop 1",
         "trainer 2",
         "uvit 2",
+        "sdxl 1",
+        "sdxl 2",
+        "sdxl 1",
     ]
     forked = [
         (names[k % len(names)], KILLS_PER_CHAIN, ways[k % len(ways)]) for k in range(-(-kills // KILLS_PER_CHAIN))
@@ -321,7 +351,7 @@ def make_chains(kinds: dict[str, Kind], kills: int, launched_kills: int) -> list
         (("trainer 2", "loop 2")[k % 2], KILLS_PER_CHAIN, kill_launched)
         for k in range(-(-launched_kills // KILLS_PER_CHAIN))
     ]
-    return [*launched, *forked]
+    return [*launched, *forked, ("sdxl 1", KILLS_PER_CHAIN, kill_inside_caching), ("sdxl 2", 1, kill_inside_caching)]
 
 
 def run(folder: Path, scale: float, seed: int = 0) -> dict[str, int | float | str]:

@@ -83,8 +83,10 @@ class Server:
     def __init__(self):
         self._context = multiprocessing.get_context("forkserver")
         self._context.set_forkserver_preload(["tests.faults.stack"])
-        library = {"LD_PRELOAD": str(_library())} if shim.is_available() else {}
-        with _environment(environment() | {"PYTHONPATH": str(REPOSITORY)} | library):
+        variables = {"PYTHONPATH": str(REPOSITORY), "HF_DATASETS_CACHE": str(_folder("datasets"))}
+        if shim.is_available():
+            variables["LD_PRELOAD"] = str(_library())
+        with _environment(environment() | variables):
             multiprocessing.forkserver.ensure_running()
 
     def call(self, function: Callable[..., None], *args: object) -> int:
@@ -145,10 +147,16 @@ def start(command: Command, output: Path) -> Running:
 
 @functools.cache
 def _library() -> Path:
-    """The library of `shim`, in a folder that this process removes at its end."""
-    folder = Path(tempfile.mkdtemp(prefix="shim-"))
+    """The library of `shim`."""
+    return shim.build(_folder("shim"))
+
+
+@functools.cache
+def _folder(name: str) -> Path:
+    """A folder that this process removes at its end."""
+    folder = Path(tempfile.mkdtemp(prefix=f"{name}-"))
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
-    return shim.build(folder)
+    return folder
 
 
 def children(pid: int) -> list[int]:

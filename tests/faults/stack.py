@@ -9,5 +9,6 @@ import visualdl  # noqa: E402, F401
 
 import dit.loop  # noqa: E402, F401
 import dit.trainer  # noqa: E402, F401
+import sdxl_lora.trainer  # noqa: E402, F401
 import uvit_ldm.trainer  # noqa: E402, F401
 from latent_diffusion import training_arguments  # noqa: E402, F401

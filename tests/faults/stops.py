@@ -104,6 +104,7 @@ CASES: dict[str, tuple[str, Callable[[Server, Kind, Path], None]]] = {
     "SIGTERM to two processes": ("trainer 2", by_signal(signal.SIGTERM)),
     "SIGTERM to one process of two": ("loop 2", by_signal(signal.SIGTERM, 1)),
     "SIGINT to the loop": ("loop 1", by_signal(signal.SIGINT)),
+    "SIGTERM to the SDXL trainer": ("sdxl 1", by_signal(signal.SIGTERM)),
     "second signal to the trainer": ("trainer 1", by_second_signal),
     "second signal to the loop": ("loop 1", by_second_signal),
     "second signal to two processes": ("loop 2", by_second_signal),

@@ -3,7 +3,7 @@
 import pytest
 
 from . import crash_points, stops
-from .kills import Chain, kill_at_any_moment, kill_inside_saving
+from .kills import Chain, kill_at_any_moment, kill_inside_caching, kill_inside_saving
 
 
 @pytest.mark.parametrize(
@@ -18,6 +18,11 @@ def test_a_killed_run_is_resumed_to_the_same_end(server, kinds, quiet, tmp_path,
 def test_a_run_of_two_processes_of_which_one_was_killed_is_resumed_to_the_same_end(server, kinds, quiet, tmp_path):
     chain = Chain(server, kinds["loop 2"], quiet("loop 2"), tmp_path / "chain", seed=1)
     assert chain.run(1, kill_inside_saving)["inside saving"] == 1
+
+
+def test_a_run_that_was_killed_while_it_filled_its_cache_is_resumed_to_the_same_end(server, kinds, quiet, tmp_path):
+    counts = Chain(server, kinds["sdxl 1"], quiet("sdxl 1"), tmp_path / "chain", seed=1).run(1, kill_inside_caching)
+    assert counts["kills"] == counts["matches"] == 1
 
 
 @pytest.mark.parametrize(
