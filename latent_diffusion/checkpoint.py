@@ -422,11 +422,17 @@ def write_state(folder: Path, model: paddle.nn.Layer, ema: EMA | None, lr_schedu
 
 
 def write_weights(folder: Path, model: paddle.nn.Layer, ema: EMA | None) -> None:
-    """Writes what sampling and conversion need: weights, their average and the configuration; see `write_state`."""
+    """Writes what sampling and conversion need: weights, their average and the configuration; see `write_state`.
+
+    And, where a model has `export_weights(folder, weights)`, what that writes: the average, or else the weights, as
+    other programs read them.
+    """
     write_paddle(folder / MODEL, model.state_dict())
     if ema is not None:
         write_paddle(folder / EMA_MODEL, ema.state_dict())
     model.config.save(folder / CONFIG)
+    if hasattr(model, "export_weights"):
+        model.export_weights(folder, (ema or model).state_dict())
 
 
 def read_averaged_weights(folder: Path, model: paddle.nn.Layer, ema: EMA | None) -> None:

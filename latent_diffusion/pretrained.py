@@ -26,6 +26,15 @@ COMPONENT_WEIGHTS = (
     "model_state.pdparams",
 )
 
+# What libraries call the weights of such a model: ppdiffusers, and diffusers in full precision before half.
+PADDLE_FILES = ("model_state.pdparams", "diffusion_paddle_model.safetensors")
+TORCH_FILES = (
+    "diffusion_pytorch_model.safetensors",
+    "diffusion_pytorch_model.bin",
+    "diffusion_pytorch_model.fp16.safetensors",
+    "diffusion_pytorch_model.fp16.bin",
+)
+
 # Networks up to this size are built to see what fits: they take a few megabytes and seconds.
 _FEW_NUMBERS, _FEW_LAYERS = 10**6, 100
 

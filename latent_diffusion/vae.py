@@ -12,13 +12,10 @@ from .checkpoint import set_weights
 from .configuration import VAE_DOWNSAMPLING
 from .errors import InputError, NotFiniteError
 from .hub import existing_file, local_folder, read_json
-from .pretrained import check_size, checksum
+from .pretrained import PADDLE_FILES, TORCH_FILES, check_size, checksum
 from .weights import WEIGHT_SUFFIXES, read_weights, transpose_linear
 
-# File names a VAE folder may hold its weights under, ppdiffusers' own first.
-_PADDLE_FILES = ("model_state.pdparams", "diffusion_paddle_model.safetensors")
-_TORCH_FILES = ("diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.bin")
-_FILES = _PADDLE_FILES + _TORCH_FILES
+_FILES = PADDLE_FILES + TORCH_FILES
 
 # The attention layers before version 0.12 of diffusers, whose names published files still have.
 _FORMER_NAMES = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
@@ -129,7 +126,7 @@ def _from_folder(folder: Path):
     config.pop("mid_block_add_attention", None)
     weights = read_weights(file)
     vae = _build(config, source, weights)
-    set_weights(vae, _from_torch(weights) if file.name in _TORCH_FILES else weights, file)
+    set_weights(vae, _from_torch(weights) if file.name in TORCH_FILES else weights, file)
     return vae
 
 

@@ -1,6 +1,7 @@
 #!/bin/sh
 # What train_1p_ and train_8p_text_to_image_sdxl_lora.sh do: sh train_text_to_image_sdxl_lora.sh DEVICES [flags].
-# Without network, set the first three variables to folders, or give them as flags.
+# Without network, set the first three variables to folders, or give them as flags. Paths are those of the folder that
+# this is called from.
 set -eu
 
 model_name=${model_name:-stabilityai/stable-diffusion-xl-base-1.0}
@@ -11,7 +12,18 @@ PYTHON=${PYTHON:-python}
 
 devices=$1
 shift
-cd "$(dirname "$0")/.."
+
+# What the flags say of the variables.
+previous=
+for flag; do
+    case $previous$flag in
+    --output_dir=*) output_dir=${flag#*=} ;;
+    "--output_dir "*) output_dir=$flag ;;
+    --train_data_dir*) dataset_name= ;;
+    esac
+    previous=
+    [ "$flag" = --output_dir ] && previous="--output_dir "
+done
 
 gpus=$("$PYTHON" -W ignore -c 'import paddle; print(paddle.device.cuda.device_count())')
 if [ "$gpus" -eq 0 ]; then
@@ -22,20 +34,11 @@ elif [ "$gpus" -lt "$devices" ]; then
     exit 1
 fi
 
-if [ "$devices" -eq 1 ]; then
-    launch="-u"
-elif [ "$gpus" -eq 0 ]; then
-    launch="-u -m paddle.distributed.launch --nproc_per_node $devices --log_dir $output_dir/log"
-else
-    # The launcher takes the numbers that CUDA_VISIBLE_DEVICES has, where it is set.
-    numbers=${CUDA_VISIBLE_DEVICES:-$(seq -s, 0 $((devices - 1)))}
-    launch="-u -m paddle.distributed.launch --gpus $(echo "$numbers" | cut -d, -f "1-$devices") --log_dir $output_dir/log"
-fi
-
-exec "$PYTHON" $launch train_text_to_image_lora_sdxl.py \
+set -- \
+    "$(dirname "$0")/../train_text_to_image_lora_sdxl.py" \
     --pretrained_model_name_or_path "$model_name" \
     --vae_name "$vae_name" \
-    --dataset_name "$dataset_name" \
+    ${dataset_name:+--dataset_name "$dataset_name"} \
     --caption_column text \
     --resolution 1024 \
     --random_flip \
@@ -48,3 +51,14 @@ exec "$PYTHON" $launch train_text_to_image_lora_sdxl.py \
     --seed 42 \
     --output_dir "$output_dir" \
     "$@"
+
+if [ "$devices" -gt 1 ]; then
+    processes="--nproc_per_node $devices"
+    if [ "$gpus" -gt 0 ]; then
+        # The launcher takes the numbers that CUDA_VISIBLE_DEVICES has, where it is set.
+        numbers=${CUDA_VISIBLE_DEVICES:-$(seq -s, 0 $((devices - 1)))}
+        processes="--gpus $(echo "$numbers" | cut -d, -f "1-$devices")"
+    fi
+    set -- -m paddle.distributed.launch $processes --log_dir "$output_dir/log" "$@"
+fi
+exec "$PYTHON" -u "$@"

@@ -170,18 +170,15 @@ class CaptionedImages:
         return self._fingerprint
 
     def _check_column(self, flag: str, column: str, holds: str, is_valid) -> None:
-        columns = self._table.column_names
-        if column not in columns:
-            raise InputError(
-                f"the dataset {self._name} has no column {column!r}, but {', '.join(columns)}; give {flag} the one of "
-                f"{holds}"
-            )
-        kind = self._table.schema.field(column).type
-        if not is_valid(kind):
-            raise InputError(
-                f"the column {column!r} of {self._name} holds {kind}, not {holds}; give {flag} one of "
-                f"{', '.join(columns)}"
-            )
+        schema = self._table.schema
+        fitting = [field.name for field in schema if is_valid(field.type)]
+        if column in fitting:
+            return
+        found = f"the dataset {self._name} has no column {column!r}, but {', '.join(schema.names)}"
+        if column in schema.names:
+            found = f"the column {column!r} of {self._name} holds {schema.field(column).type}, not {holds}"
+        advice = f"give {flag} {' or '.join(fitting)}" if fitting else f"none holds {holds}; give {_KINDS}"
+        raise InputError(f"{found}; {advice}")
 
     def _check_captions(self) -> None:
         for index in range(len(self)):

@@ -218,11 +218,9 @@ def _cache_captions(
     write_packed(folder, contents, Work(CaptionSource(texts), encode, owners, batch_size))
 
 
-@paddle.no_grad()
 def _encode_texts(text_encoders: TextEncoders, texts: list[str]) -> np.ndarray:
     """The contexts of each text, row by row, then its pooled values: float32 [B, L * D + P]."""
-    tokens = {name: paddle.to_tensor(ids) for name, ids in stack(list(map(text_encoders.tokenize, texts))).items()}
-    encoded = text_encoders.encode(**tokens)
+    encoded = text_encoders.encode_texts(texts)
     return paddle.concat([values.astype("float32").flatten(1) for values in encoded], axis=1).numpy()
 
 

@@ -9,15 +9,14 @@ import numpy as np
 import paddle
 
 from latent_diffusion.configuration import VAE_DOWNSAMPLING
-from latent_diffusion.features import stack
 from latent_diffusion.sampling import draw_noise, evaluating
 from latent_diffusion.vae import decode_latents
 
 from .modeling import SDXLLoRA
 from .text_encoders import TextEncoders
 
-# Images at a time: at 1024 pixels more would need much memory.
-BATCH_SIZE = 4
+# Images are drawn together up to so many, and up to so many pixels: beside a run that trains memory is scarce.
+MOST_IMAGES, MOST_PIXELS = 16, 1024**2
 
 
 @dataclass(frozen=True, eq=False)
@@ -47,11 +46,9 @@ class Condition:
         return Condition(paddle.zeros_like(self.contexts[:1]), paddle.zeros_like(self.pooled[:1]))
 
     @classmethod
-    @paddle.no_grad()
     def of(cls, prompts: Sequence[str], encoders: TextEncoders) -> "Condition":
         """The prompts as the encoders encode them."""
-        tokens = stack([encoders.tokenize(prompt) for prompt in prompts])
-        return cls(*encoders.encode(**{name: paddle.to_tensor(ids) for name, ids in tokens.items()}))
+        return cls(*encoders.encode_texts(prompts))
 
 
 @dataclass(frozen=True, eq=False)
@@ -93,8 +90,9 @@ class ImageSampler:
         Raises:
             NotFiniteError: the images are not finite.
         """
-        batches = [slice(start, start + BATCH_SIZE) for start in range(0, len(condition), BATCH_SIZE)]
-        drawn = [self._draw_batch(model, condition[rows], empty, generators[rows]) for rows in batches]
+        size = min(max(MOST_PIXELS // self.resolution**2, 1), MOST_IMAGES)
+        parts = (slice(start, start + size) for start in range(0, len(condition), size))
+        drawn = [self._draw_batch(model, condition[rows], empty, generators[rows]) for rows in parts]
         return np.concatenate(drawn)
 
     @paddle.no_grad()

@@ -75,9 +75,9 @@ def add_lora(part: str, network: nn.Layer, rank: int) -> dict[str, nn.Layer]:
 
 
 def _add_to_unet(unet: nn.Layer, name: str, layer: nn.Layer, rank: int) -> nn.Layer:
-    from ppdiffusers.models.lora import LoRALinearLayer
+    from .layers import LoRALayer
 
-    lora = LoRALinearLayer(layer.in_features, layer.out_features, rank)
+    lora = LoRALayer(layer.in_features, layer.out_features, rank)
     layer.set_lora_layer(lora)
     return lora
 

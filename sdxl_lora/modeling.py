@@ -1,6 +1,7 @@
 """What is trained: LoRA layers in a frozen Stable Diffusion XL UNet, and in its text encoders where that is asked."""
 
 import sys
+from pathlib import Path
 from typing import Any
 
 import paddle
@@ -10,7 +11,7 @@ from latent_diffusion.runtime import is_first_process
 from latent_diffusion.transformer import NEEDS_GPU
 
 from .configuration import LoRAConfig
-from .lora import TEXT_ENCODERS, UNET, add_lora
+from .lora import TEXT_ENCODERS, UNET, add_lora, write_lora
 from .text_encoders import TextEncoders
 
 
@@ -66,6 +67,10 @@ class SDXLLoRA(nn.Layer):
             self.unet.enable_xformers_memory_efficient_attention()
         elif is_first_process():
             print(f"note: {NEEDS_GPU}", file=sys.stderr)
+
+    def export_weights(self, folder: Path, weights: dict[str, paddle.Tensor]) -> None:
+        """Writes weights of the names of `state_dict()` as ppdiffusers and diffusers load them, see `write_lora`."""
+        write_lora(folder, weights)
 
     def forward(
         self,

@@ -11,7 +11,7 @@ from latent_diffusion.checkpoint import set_weights
 from latent_diffusion.errors import InputError
 from latent_diffusion.hub import existing_file, local_folder, read_json
 from latent_diffusion.ops import LayerNorm
-from latent_diffusion.pretrained import COMPONENT_CONFIG, PIPELINE_INDEX, check_size
+from latent_diffusion.pretrained import COMPONENT_CONFIG, PADDLE_FILES, PIPELINE_INDEX, TORCH_FILES, check_size
 from latent_diffusion.schedules import NoiseSchedule
 from latent_diffusion.weights import read_weights, transpose_linear
 
@@ -20,15 +20,7 @@ _UNET, _SCHEDULER = "UNet", "scheduler"
 UNET_FOLDER, SCHEDULER_FOLDER = "unet", "scheduler"
 _SCHEDULER_CONFIG = "scheduler_config.json"
 
-# File names a UNet's folder may hold its weights under, full precision first.
-_PADDLE_FILES = ("model_state.pdparams", "diffusion_paddle_model.safetensors")
-_TORCH_FILES = (
-    "diffusion_pytorch_model.safetensors",
-    "diffusion_pytorch_model.bin",
-    "diffusion_pytorch_model.fp16.safetensors",
-    "diffusion_pytorch_model.fp16.bin",
-)
-_FILES = _PADDLE_FILES + _TORCH_FILES
+_FILES = PADDLE_FILES + TORCH_FILES
 
 # By this key of a UNet's configuration Stable Diffusion XL is told from other ones: it takes pooled text and sizes.
 _CONDITION_KEY, _CONDITION = "addition_embed_type", "text_time"
@@ -66,7 +58,7 @@ def load_unet(name_or_path: str, dtype: str = "float32"):
         )
     weights = read_weights(file)
     unet = _build_unet(config, source, weights, dtype)
-    if file.name in _TORCH_FILES:
+    if file.name in TORCH_FILES:
         weights = transpose_linear(weights)
     set_weights(unet, weights, file)
     freeze(unet)

@@ -1,5 +1,6 @@
 """The two text encoders of a Stable Diffusion XL pipeline, with their tokenizers."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -8,6 +9,7 @@ import numpy as np
 import paddle
 
 from latent_diffusion.errors import InputError
+from latent_diffusion.features import stack
 from latent_diffusion.text_encoder import check_vocabulary, load_text_encoder, load_tokenizer
 
 from .pretrained import freeze
@@ -80,6 +82,12 @@ class TextEncoders:
             for tokenizer in self.tokenizers
         )
         return {"tokens": np.asarray(tokens, np.int64), "tokens_2": np.asarray(tokens_2, np.int64)}
+
+    @paddle.no_grad()
+    def encode_texts(self, texts: Sequence[str]) -> tuple[paddle.Tensor, paddle.Tensor]:
+        """What `encode` makes of the tokens of B texts, without gradients."""
+        tokens = stack([self.tokenize(text) for text in texts])
+        return self.encode(**{name: paddle.to_tensor(ids) for name, ids in tokens.items()})
 
     def encode(self, tokens: paddle.Tensor, tokens_2: paddle.Tensor) -> tuple[paddle.Tensor, paddle.Tensor]:
         """What the UNet is conditioned on, as `StableDiffusionXLPipeline.encode_prompt` computes it.

@@ -29,7 +29,7 @@ from .dataset import CaptionedImages, open_dataset
 from .extraction import cache_features
 from .features import CachedFeatures, OnlineFeatures, TokenizedCaptions
 from .image_sampling import ImageSampler
-from .lora import write_lora
+from .lora import read_lora, write_lora
 from .micro_conditioning import check_resolution
 from .modeling import SDXLLoRA
 from .objective import Prediction, WeightedPrediction
@@ -82,7 +82,9 @@ class LoRATrainer(LatentDiffusionTrainer):
     def latents(self, inputs: dict[str, paddle.Tensor]) -> paddle.Tensor:
         if "latents" in inputs:
             return inputs["latents"]
-        latents = encode_latents(self.encoders.vae, inputs["images"], inputs["posterior_noise"])
+        # PaddleNLP's mixed precision is around all of this: SDXL's own VAE would overflow in it.
+        with paddle.amp.auto_cast(enable=False):
+            latents = encode_latents(self.encoders.vae, inputs["images"], inputs["posterior_noise"])
         if not paddle.isfinite(latents).all():
             raise InputError(
                 "the VAE gives latents that are not finite; in float16 SDXL's own VAE overflows: give "
@@ -98,28 +100,24 @@ class LoRATrainer(LatentDiffusionTrainer):
             condition = {"contexts": contexts, "pooled": pooled}
         return lambda x, t: model(x, t, inputs["time_ids"], **condition)
 
-    def train(self, *args, **kwargs):
-        result = super().train(*args, **kwargs)
-        if result is not None and self.is_world_process_zero():
+    def train(self, resume_from_checkpoint: str | Path | None = None, *args, **kwargs):
+        result = super().train(resume_from_checkpoint, *args, **kwargs)
+        if self.is_world_process_zero():
             folder = Path(self.args.output_dir)
-            self._write_lora(folder)
-            write_line(f"LoRA weights of step {self.state.global_step} are in {folder}")
-            write_line(self._summary())
+            if result is None:  # nothing was left to train; a killed run may not have come to this
+                write_lora(folder, read_lora(resume_from_checkpoint))
+            else:
+                self.model.export_weights(folder, (self.ema or self.model).state_dict())
+            write_line(f"LoRA weights of step {self._saved_step} are in {folder}")
+            if result is not None:
+                write_line(self._summary())
         return result
-
-    def _write_checkpoint(self, folder: Path) -> None:
-        super()._write_checkpoint(folder)
-        if self.args.should_save:
-            self._write_lora(folder)
-
-    def _write_lora(self, folder: Path) -> None:
-        write_lora(folder, (self.ema or self.model).state_dict())
 
     def _summary(self) -> str:
         loss, steps = self._final_loss.mean()
         rate = self._meter.steady_rate()
         fps = "not measured: too few steps" if rate is None else f"{rate:.2f} images per second, steady state"
-        return f"final loss {loss:.4f} (mean of the last {steps} steps), FPS {fps}"
+        return f"final loss {loss:.4f} (mean of the last {steps} step{'s' * (steps > 1)}), FPS {fps}"
 
 
 class FinalLossCallback(TrainerCallback):
@@ -166,17 +164,21 @@ def train(lora_args: LoRAArguments, args: LoRATrainingArguments) -> None:
         lora_args.max_train_samples,
         args.seed,
     )
-    text_encoders = TextEncoders.load(base, args.weights_dtype)
-    encoders = Encoders(_load_vae(lora_args, args.weights_dtype), text_encoders)
+    # No other name for the text encoders: they would not be freed below.
+    encoders = Encoders(text=TextEncoders.load(base, args.weights_dtype), vae=_load_vae(lora_args, args.weights_dtype))
     settle_steps(args, len(images))
     sampler = _image_sampler(encoders.vae, lora_args)
     lora_args.image_logging_steps = _image_logging_steps(lora_args, args, len(images))
     needs_text = not lora_args.cache_latents or lora_args.train_text_encoder or args.eval_steps is not None
 
     def build_model(resumed: Path | None) -> tuple[SDXLLoRA, list[str]]:
-        model = _build_model(lora_args, args, encoders)
+        widths = encoders.text.context_shape[1], encoders.text.pooled_width
         if not needs_text:
             encoders.text = None  # the prompts that are drawn are encoded by now
+        unet = load_unet(base, args.weights_dtype)
+        check_channels(encoders.vae, lora_args.vae_name_or_path or f"of {base}", unet.config.in_channels)
+        check_conditions(unet, *widths)
+        model = SDXLLoRA(unet, lora_args.rank, encoders.text if lora_args.train_text_encoder else None)
         return model, [f"starting from {base}"] if resumed is None else []
 
     run_training(
@@ -221,9 +223,9 @@ def _open_store(
             images,
             encoders.text.tokenize,
             encoders.vae.config.latent_channels,
-            lora_args.resolution,
-            lora_args.center_crop,
-            lora_args.random_flip,
+            resolution=lora_args.resolution,
+            center_crop=lora_args.center_crop,
+            random_flip=lora_args.random_flip,
         )
     if resumed is not None:  # encoding may take hours
         check_config(resumed, LoRAConfig(lora_args.rank, lora_args.train_text_encoder))
@@ -235,22 +237,15 @@ def _open_store(
         images,
         encoders.vae,
         None if lora_args.train_text_encoder else encoders.text,
-        lora_args.resolution,
-        lora_args.center_crop,
-        lora_args.random_flip,
-        ENCODED_TOGETHER,
-        max(args.dataloader_num_workers, 1),
-        args.seed,
-        "float32" if args.weights_dtype == "float32" else "float16",
+        resolution=lora_args.resolution,
+        center_crop=lora_args.center_crop,
+        random_flip=lora_args.random_flip,
+        batch_size=ENCODED_TOGETHER,
+        num_workers=max(args.dataloader_num_workers, 1),
+        seed=args.seed,
+        dtype="float32" if args.weights_dtype == "float32" else "float16",
     )
     return CachedFeatures(cache, trained_captions)
-
-
-def _build_model(lora_args: LoRAArguments, args: LoRATrainingArguments, encoders: Encoders) -> SDXLLoRA:
-    unet = load_unet(lora_args.pretrained_model_name_or_path, args.weights_dtype)
-    check_channels(encoders.vae, lora_args.vae_name_or_path or "of the pipeline", unet.config.in_channels)
-    check_conditions(unet, encoders.text.context_shape[1], encoders.text.pooled_width)
-    return SDXLLoRA(unet, lora_args.rank, encoders.text if lora_args.train_text_encoder else None)
 
 
 def _image_logging_steps(lora_args: LoRAArguments, args: LoRATrainingArguments, images: int) -> int:

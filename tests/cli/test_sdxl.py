@@ -79,6 +79,12 @@ SHORT = "--resolution 64 --max_train_steps 4 --checkpointing_steps 2 --logging_s
 FAST = "--learning_rate 1e-2 --cache_latents"
 LIKE_THE_SCRIPT = f"{SHORT} {FAST} --random_flip --seed 42 --train_batch_size 2 --report_to none"
 
+# Of a run that ended: its checkpoint stays.
+REMOVE_WEIGHTS = """
+for file in Path("resumed").glob("*.safetensors"):
+    file.unlink()
+"""
+
 # Runs without the project: how much the LoRA changes, and whether the merged pipeline draws the same.
 STOCK = """
 import importlib.util, sys
@@ -158,6 +164,7 @@ def results(mirror) -> dict[str, Result]:
     base = ["--pretrained_model_name_or_path", "models/stable-diffusion-xl-base-1.0", "--dataset_name", "data/pokemon"]
     trainer = ["train_text_to_image_lora_sdxl.py", *base]
     resumed = [*trainer, *shlex.split(f"{LIKE_THE_SCRIPT} --output_dir resumed")]
+    half = [*resumed, "--max_train_steps", 2]
     commands = {
         "published": command(PUBLISHED, mirror, small, LAUNCH),
         "two": command(
@@ -167,7 +174,7 @@ def results(mirror) -> dict[str, Result]:
         ),
         "one": command(one, mirror, f" {LIKE_THE_SCRIPT}"),
         "local": command(LOCAL, mirror, f" {SHORT} {FAST}"),
-        "resumed": in_turn([[*resumed, "--max_train_steps", 2], resumed], mirror, "pass"),
+        "resumed": in_turn([half, half, resumed], mirror, REMOVE_WEIGHTS),
         "bad": in_turn(
             [[*trainer, *shlex.split(f"{SHORT} --output_dir bad {flags}")] for flags in BAD], mirror, "pass"
         ),
@@ -203,12 +210,14 @@ def test_two_processes_learn_what_one_does(results, mirror):
     theirs = lora_weights(mirror / "two")
     for name, value in lora_weights(mirror / "output/sdxl_lora_1p").items():
         np.testing.assert_allclose(theirs[name], value, atol=1e-4)
-    assert (mirror / "output/sdxl_lora_2p/log/workerlog.1").is_file()
+    assert (mirror / "two/log/workerlog.1").is_file()
 
 
 def test_a_resumed_run_learns_the_same_bits(results, mirror):
-    first, second = ends(results["resumed"])
+    first, again, second = ends(results["resumed"])
     assert "final loss" in first.ok().out and "resuming from resumed/checkpoint-2" in second.ok().out
+    assert "nothing is left to train" in again.ok().out
+    assert "LoRA weights of step 2 are in resumed" in again.out and "final loss" not in again.out
     ours, theirs = (
         (mirror / folder / "pytorch_lora_weights.safetensors").read_bytes()
         for folder in ("output/sdxl_lora_1p", "resumed")
@@ -262,16 +271,21 @@ def test_a_wrong_flag_is_one_sentence_that_names_it(results, number):
 
 def test_the_script_for_eight_devices_starts_eight_processes(mirror, tmp_path):
     python = tmp_path / "python"
-    python.write_text('#!/bin/sh\ncase "$*" in *device_count*) echo "$GPUS";; *) echo "$@";; esac\n')
+    python.write_text('#!/bin/sh\ncase "$*" in *device_count*) echo "$GPUS";; *) printf "%s\\n" "$@";; esac\n')
     python.chmod(0o755)
     eight = command(SCRIPTS.split("\n")[4], mirror, " --dataset_name=other")
-    eight.variables["PYTHON"] = str(python)
+    eight.variables |= {"PYTHON": str(python), "output_dir": "some place"}
     on_cpu, on_gpus, on_few = (
         run(Command(eight.arguments, mirror, "bash", eight.variables | {"GPUS": gpus})) for gpus in "084"
     )
-    words = on_cpu.ok().out.split()
+    words = on_cpu.ok().out.splitlines()
+    assert words[words.index("--log_dir") + 1] == "some place/log"
     assert words[words.index("--nproc_per_node") + 1] == "8"
     assert words[-2:] == ["--max_train_steps=200", "--dataset_name=other"]
-    words = on_gpus.ok().out.split()
+    words = on_gpus.ok().out.splitlines()
     assert words[words.index("--gpus") + 1] == "0,1,2,3,4,5,6,7" and "--device" not in words
+    folder = Command([*eight.arguments[:1], "--train_data_dir", "images", "--output_dir", "there"], mirror, "bash")
+    folder.variables |= eight.variables | {"GPUS": "8"}
+    words = run(folder).ok().out.splitlines()
+    assert "--dataset_name" not in words and words[words.index("--log_dir") + 1] == "there/log"
     assert on_few.code == 1 and "8 devices are asked for, and there are 4 GPUs" in on_few.err

@@ -155,8 +155,8 @@ def test_the_fingerprint_is_of_the_columns(tmp_path):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"image_column": "picture"}, "no column 'picture', but image, text; give --image_column the one of images"),
-        ({"caption_column": "caption"}, "no column 'caption', but image, text; give --caption_column the one of texts"),
+        ({"image_column": "picture"}, "no column 'picture', but image, text; give --image_column image$"),
+        ({"caption_column": "caption"}, "no column 'caption', but image, text; give --caption_column text$"),
         ({"image_column": "text"}, "the column 'text' of .* holds string, not images; give --image_column"),
         ({"caption_column": "image"}, "'image' of .* holds binary, not texts or lists of texts; give --caption_column"),
     ],
@@ -221,7 +221,10 @@ def test_metadata_cannot_name_a_file_outside_of_its_folder(tmp_path, name):
         (['{"name": "0.png", "text": "a"}'], "cannot read the dataset .*folder: `file_name`"),
         (['{"file_name": "7.png", "text": "a"}'], "cannot read the image in row 0 .*7.png.*No such file"),
         (['{"file_name": "0.png", "text": ""}'], "there is no caption in row 0 .*folder/0.png.; fill it in"),
-        (['{"file_name": "0.png"}'], "no column 'text', but image"),
+        (
+            ['{"file_name": "0.png"}'],
+            "but image; none holds texts or lists of texts; give .* metadata.jsonl",
+        ),
     ],
 )
 def test_metadata_that_cannot_be_used_are_named(tmp_path, lines, message):

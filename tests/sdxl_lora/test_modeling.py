@@ -4,9 +4,11 @@ import numpy as np
 import paddle
 import pytest
 
-from latent_diffusion.checkpoint import set_weights
+from latent_diffusion.checkpoint import set_weights, write_weights
+from latent_diffusion.ema import EMA
 from latent_diffusion.transformer import NEEDS_GPU
 from sdxl_lora.configuration import LoRAConfig
+from sdxl_lora.lora import read_lora
 from sdxl_lora.modeling import SDXLLoRA
 from sdxl_lora.pretrained import load_unet
 from tests.data.sdxl_lora.formula import RANK, batch
@@ -85,3 +87,16 @@ def test_recompute_changes_no_gradient(make_lora_model, monkeypatch):
 def test_memory_efficient_attention_is_noted_on_a_cpu(model, capsys):
     model.enable_xformers_memory_efficient_attention()
     assert capsys.readouterr().err == f"note: {NEEDS_GPU}\n"
+
+
+def test_weights_for_other_programs_are_beside_those_of_a_checkpoint(make_lora_model, tmp_path):
+    model = make_lora_model()
+    ema = EMA(model)
+    with paddle.no_grad():
+        for parameter in model.parameters():
+            parameter.set_value(parameter + 1)
+    for folder, average in ((tmp_path / "raw", None), (tmp_path / "averaged", ema)):
+        folder.mkdir()
+        write_weights(folder, model, average)
+        for name, value in (average or model).state_dict().items():
+            np.testing.assert_array_equal(read_lora(folder)[name], value.numpy())

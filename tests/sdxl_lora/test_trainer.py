@@ -1,3 +1,5 @@
+import gc
+import weakref
 from types import SimpleNamespace
 
 import numpy as np
@@ -9,13 +11,17 @@ from latent_diffusion.errors import InputError
 from latent_diffusion.sampling import sample_generators
 from latent_diffusion.vae import load_vae
 
+from .captioned import write_image_folder
+
 runtime.import_paddlenlp()
 
+from latent_diffusion.training_arguments import parse  # noqa: E402
 from sdxl_lora.image_sampling import Condition, ImageSampler  # noqa: E402
 from sdxl_lora.modeling import SDXLLoRA  # noqa: E402
 from sdxl_lora.pretrained import load_scheduler, load_unet, zeros_for_empty_prompt  # noqa: E402
 from sdxl_lora.text_encoders import TextEncoders  # noqa: E402
-from sdxl_lora.trainer import LOSS_STEPS, Encoders, FinalLossCallback, LoRATrainer  # noqa: E402
+from sdxl_lora.trainer import LOSS_STEPS, Encoders, FinalLossCallback, LoRATrainer, train  # noqa: E402
+from sdxl_lora.training_arguments import LoRAArguments, LoRATrainingArguments  # noqa: E402
 
 PROMPTS = ["the digit three", "a cat in the rain"]
 
@@ -96,6 +102,43 @@ def test_latents_that_are_not_finite_are_said_to_be_the_vaes(tiny_pipeline):
     inputs = {"images": paddle.full([1, 64, 64, 3], 200, "uint8"), "posterior_noise": paddle.ones([1, 4, 8, 8])}
     with pytest.raises(InputError, match="give --vae_name madebyollin/sdxl-vae-fp16-fix or --mixed_precision bf16"):
         LoRATrainer.latents(SimpleNamespace(encoders=Encoders(vae, None)), inputs)
+
+
+def test_the_vae_keeps_its_precision_where_the_network_computes_in_half(tiny_pipeline):
+    vae, levels = load_vae(str(tiny_pipeline / "vae")), []
+    tracer = paddle.base.framework._dygraph_tracer()
+    vae.encoder.register_forward_pre_hook(lambda *_: levels.append(tracer._amp_level))
+    inputs = {"images": paddle.full([1, 64, 64, 3], 200, "uint8"), "posterior_noise": paddle.ones([1, 4, 8, 8])}
+    # As in `paddle.amp.auto_cast` on a GPU; on a CPU that does nothing.
+    before = tracer._amp_level, tracer._amp_dtype
+    tracer._amp_level, tracer._amp_dtype = paddle.base.core.AmpLevel.O1, "float16"
+    try:
+        LoRATrainer.latents(SimpleNamespace(encoders=Encoders(vae, None)), inputs)
+    finally:
+        tracer._amp_level, tracer._amp_dtype = before
+    assert levels == [paddle.base.core.AmpLevel.O0]
+
+
+def test_text_encoders_are_freed_where_captions_come_from_a_cache(tiny_pipeline, tmp_path, monkeypatch):
+    flags = f"--pretrained_model_name_or_path {tiny_pipeline} --resolution 64 --cache_latents --device cpu"
+    folder = write_image_folder(tmp_path / "images", PROMPTS)
+    monkeypatch.setattr("sys.argv", ["train", *flags.split(), "--train_data_dir", str(folder)])
+    kept, load = [], TextEncoders.load
+    monkeypatch.setattr(TextEncoders, "load", lambda *given: _remembered(load(*given), kept))
+
+    def run_training(trainer_class, objective, make_store, build_model, *others):
+        model, _ = build_model(None)
+        gc.collect()
+        assert model.text_encoders is None and kept[0]() is None
+
+    monkeypatch.setattr("sdxl_lora.trainer.run_training", run_training)
+    train(*parse(LoRAArguments, LoRATrainingArguments, description=""))
+    assert kept
+
+
+def _remembered(made, kept: list[weakref.ref]):
+    kept.append(weakref.ref(made))
+    return made
 
 
 def logged(steps_and_losses: list[tuple[int, float]], since: int = 0) -> tuple[float, int]:
