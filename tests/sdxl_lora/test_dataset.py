@@ -15,7 +15,7 @@ import pytest
 from PIL import Image
 
 from latent_diffusion.errors import InputError
-from sdxl_lora import dataset
+from sdxl_lora import dataset_files
 from sdxl_lora.dataset import CaptionedImages, open_dataset
 
 from .captioned import pixels, png, write_image_folder, write_parquet
@@ -356,7 +356,7 @@ def test_a_full_disk_is_no_fault_of_the_dataset(tmp_path, monkeypatch):
     def fail(self):
         raise datasets.exceptions.DatasetGenerationError("failed") from OSError(errno.ENOSPC, "No space left")
 
-    monkeypatch.setattr(dataset.Parquet, "download_and_prepare", fail)
+    monkeypatch.setattr(dataset_files.Parquet, "download_and_prepare", fail)
     with pytest.raises(OSError, match="No space left"):
         open_folder(write_binary(tmp_path))
 
