@@ -9,7 +9,7 @@ from latent_diffusion.command_line import ArgumentParser
 from latent_diffusion.errors import InputError, command
 
 # In this order: first what compares with peers.
-NAMES = ("training_step", "guided_sampling", "loading", "startup", "checkpoints", "scaling", "ablation")
+NAMES = ("training_step", "sdxl_lora", "guided_sampling", "loading", "startup", "checkpoints", "scaling", "ablation")
 NAMES += ("features", "sampling", "training", "token_merging", "evaluation")
 
 

@@ -16,10 +16,8 @@ from latent_diffusion.errors import InputError
 STABLE_DIFFUSION_CHANNELS = (128, 256, 512, 512)
 
 
-def last_figures(
-    command: Sequence[object], folder: Path, environment: dict[str, str] | None = None
-) -> dict[str, float]:
-    """What a training command logs last: the means since the log line before it.
+def printed(command: Sequence[object], folder: Path, environment: dict[str, str] | None = None) -> str:
+    """What a command prints.
 
     Args:
         command: what follows `python`.
@@ -35,7 +33,14 @@ def last_figures(
     if done.returncode:
         reason = (done.stderr.strip() or done.stdout.strip()).splitlines()[-1:]
         raise InputError(f"{' '.join(map(str, command))} ended with exit status {done.returncode}: {''.join(reason)}")
-    lines = [line for line in done.stdout.splitlines() if re.match(r"step \d+/\d+: ", line)]
+    return done.stdout
+
+
+def last_figures(
+    command: Sequence[object], folder: Path, environment: dict[str, str] | None = None
+) -> dict[str, float]:
+    """What a training command logs last: the means since the log line before it. Arguments and errors: `printed`."""
+    lines = [line for line in printed(command, folder, environment).splitlines() if re.match(r"step \d+/\d+: ", line)]
     return {name: float(value) for name, value in re.findall(r"(\w+) ([-\d.e+]+)(?:,|$)", lines[-1].split(": ", 1)[1])}
 
 
