@@ -18,7 +18,7 @@ from dit.official import save_official
 from uvit_ldm.configuration import UViTConfig
 
 from ..latent_diffusion.evaluation.test_clip_score import write_whole_clip
-from . import test_uvit
+from . import test_sdxl, test_uvit
 from .commands import REPOSITORY, TINY, Command, Result, run, run_all
 
 READMES = ("README.md", "README_zh.md")
@@ -40,6 +40,7 @@ NODE = (
 NOT_RUN = {
     "make demo": "takes minutes",
     "make demo-t2i": "takes minutes",
+    "make demo-lora": "takes minutes",
     "make test": "runs this test",
     "source .venv/bin/activate": "the test's environment is active",
     "python3 -m venv .venv-gpu": GPU,
@@ -72,6 +73,9 @@ NOT_RUN |= {
     for name in ("training_step", "guided_sampling", "loading")
 }
 NOT_RUN |= dict.fromkeys(commands_in(test_uvit.TRAINING + test_uvit.EXPORT), "tests/cli/test_uvit.py runs it")
+NOT_RUN |= dict.fromkeys(
+    commands_in(test_sdxl.SCRIPTS + test_sdxl.LOCAL + test_sdxl.MERGE), "tests/cli/test_sdxl.py runs it"
+)
 COCO_FEATURES = "https://bj.bcebos.com/v1/paddlenlp/datasets/paddlemix/coco256_features"
 NOT_RUN |= {
     f"wget -P data/coco256_features {COCO_FEATURES}/{name}": "needs the network"
@@ -192,7 +196,7 @@ FOREIGN_FLAGS |= {"--logdir", "--language", "--disable-telemetry", "--upgrade", 
 FOREIGN_FLAGS |= {"--mixed_precision", "--help", "--no-tf32"}
 FOREIGN_FLAGS |= {"--gpus", "--config", "--nnet_path", "--uvit_config_file", "--tokenizer_name", "--dp_degree"}
 FOREIGN_FLAGS |= {"--save-stats", "--input1", "--input2", "--fid", "--kid", "--isc", "--prc"}
-FOREIGN_FLAGS |= {"--prediction_type", "--noise_offset", "--train_text_encoder"}
+FOREIGN_FLAGS |= {"--push_to_hub", "--use_8bit_adam", "--allow_tf32", "--scale_lr"}
 
 # Files of other code bases that the READMEs name.
 FOREIGN_FILES = {"models.py", "train_txt2img_mscoco_uvit_trainer.py"}
@@ -200,7 +204,7 @@ FOREIGN_FILES |= {"train_t2i_discrete.py", "sample_t2i_discrete.py", "dpm_solver
 FOREIGN_FILES |= {"evaluations/evaluator.py"}
 FOREIGN_FILES |= {f"scripts/extract_{name}.py" for name in ("mscoco_feature", "empty_feature", "test_prompt_feature")}
 FOLDERS = ("benchmarks", "config", "demo", "dit", "docs", "latent_diffusion", "requirements", "scripts", "tests")
-FOLDERS += ("uvit_ldm",)
+FOLDERS += ("uvit_ldm", "sdxl_lora")
 
 
 def read(name: str) -> str:
@@ -390,6 +394,8 @@ def test_the_benchmarks_print_tables(results):
 
 def test_the_trees_are_what_is_written(after_commands):
     trees = {tree.split(maxsplit=1)[0]: tree_names(tree) for tree in snippets("text")}
+    for name in test_sdxl.TREES:
+        del trees[name]  # compared there
     trees["image_generation_dit_output_trainer/checkpoint-5000"] -= {"scaler.pdparams"}  # in fp16 only
     trees["data/coco256_features"] -= {"val"}  # by the same command with another split
     assert trees == {
@@ -416,6 +422,7 @@ def tree_names(tree: str) -> set[str]:
 
 def test_the_snippets_run(after_commands):
     sources = snippets("python")
+    sources.remove(f"import paddle{test_sdxl.SNIPPET}")  # run there
     assert f"import paddle{test_uvit.SNIPPET}" in sources  # as published, but for the import
     for i, source in enumerate(sources):
         for theirs, ours in GPU_SNIPPET.items():
@@ -431,13 +438,16 @@ def test_the_snippets_run(after_commands):
 @pytest.mark.parametrize("name", READMES)
 def test_every_flag_exists(name):
     from dit.trainer import DiTArguments, DiTTrainingArguments
+    from sdxl_lora.training_arguments import LoRAArguments, LoRATrainingArguments
     from uvit_ldm.trainer import UViTArguments, UViTTrainingArguments
 
     classes = (DiTArguments, DiTTrainingArguments, UViTArguments, UViTTrainingArguments)
+    classes += (LoRAArguments, LoRATrainingArguments)
     known = FOREIGN_FLAGS | {f"--{field.name}" for cls in classes for field in dataclasses.fields(cls)}
+    known |= {f"--{alias}" for cls in classes for aliases in cls._aliases.values() for alias in aliases}
     shared = ("dit/sampling_arguments.py", "latent_diffusion/sampling_arguments.py", "latent_diffusion/command_line.py")
     shared += ("latent_diffusion/evaluation/extractors.py",)
-    for source in (*ADDED, *shared):
+    for source in (*ADDED, *shared, "scripts/merge_sdxl_lora.py"):
         known |= set(re.findall(r'"(--[\w-]+)"', read(path_of(source))))
     found = set(re.findall(r"(?<![\w-])--[a-zA-Z][\w-]*", read(name), re.ASCII))
     assert sorted(flag for flag in found if one_spelling(flag) not in map(one_spelling, known)) == []
