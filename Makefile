@@ -1,16 +1,20 @@
 # `make demo` trains, exports and samples a small DiT on real digits, `make demo-t2i` a U-ViT that draws what a sentence
-# says; `make test` runs the tests, `make bench` all benchmarks. All install first.
+# says, `make demo-lora` fine-tunes a tiny SDXL on colored digits; `make test` runs the tests, `make bench` all
+# benchmarks. All install first.
 PYTHON ?= python3
 VENV := .venv
 PEERS := .venv-peers
 
-.PHONY: demo demo-t2i test faults install lint peers bench
+.PHONY: demo demo-t2i demo-lora test faults install lint peers bench
 
 demo: $(VENV)/installed
 	$(VENV)/bin/python -m demo
 
 demo-t2i: $(VENV)/installed
 	$(VENV)/bin/python -m demo.text_to_image
+
+demo-lora: $(VENV)/installed
+	$(VENV)/bin/python -m demo.lora
 
 # A file's tests stay in one process, since they share what is made once; a thread each leaves the cores to both.
 test: $(VENV)/installed-dev

@@ -56,3 +56,16 @@ def load_text_to_image(folder: Path) -> DigitPipeline:
 
     logger.set_level("WARNING")  # it names every file it reads
     return DigitPipeline(LDMTextToImagePipeline.from_pretrained(str(folder)), guidance_scale=3.0)
+
+
+def load_sdxl(folder: Path, lora: Path | None = None) -> DigitPipeline:
+    """A pipeline of `make demo-lora`, with the LoRA of a folder where one is given; its conditions are prompts."""
+    import_paddlenlp()
+    from paddlenlp.utils.log import logger
+    from ppdiffusers import StableDiffusionXLPipeline
+
+    logger.set_level("WARNING")  # it names every file it reads
+    pipeline = StableDiffusionXLPipeline.from_pretrained(str(folder))
+    if lora is not None:
+        pipeline.load_lora_weights(str(lora))
+    return DigitPipeline(pipeline, guidance_scale=2.0)

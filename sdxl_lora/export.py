@@ -24,8 +24,10 @@ def merge_pipeline(base: str, lora_path: Path, output_path: Path, vae_name: str 
     Raises:
         InputError: a part cannot be loaded, they do not fit each other, or the folder cannot be written.
     """
+    from paddlenlp.utils.log import logger
     from ppdiffusers import StableDiffusionXLPipeline
 
+    logger.set_level("WARNING")  # it names every file it writes, under a temporary name
     lora = read_lora(lora_path)
     encoders, unet = TextEncoders.load(base), load_unet(base)
     check_conditions(unet, encoders.context_shape[1], encoders.pooled_width)
