@@ -70,7 +70,7 @@ NOT_RUN = {
 }
 NOT_RUN |= {
     f"python -m benchmarks.{name}": "takes minutes; tests/benchmarks runs it in small"
-    for name in ("training_step", "guided_sampling", "loading")
+    for name in ("training_step", "guided_sampling", "loading", "sdxl_lora")
 }
 NOT_RUN |= dict.fromkeys(commands_in(test_uvit.TRAINING + test_uvit.EXPORT), "tests/cli/test_uvit.py runs it")
 NOT_RUN |= dict.fromkeys(
@@ -352,7 +352,7 @@ def test_the_readmes_have_the_same_commands_and_sections():
     assert code_by_section(english) == code_by_section(chinese)
     assert rows_by_section(english) == rows_by_section(chinese)
     for text in (english, chinese):
-        for name in ("demo-table", "demo-t2i-table", "token-merging-table", "benchmark-tables"):
+        for name in ("demo-table", "demo-t2i-table", "demo-lora-table", "token-merging-table", "benchmark-tables"):
             assert re.search(rf"^<!-- {name} -->\n(.*\n)*?<!-- /{name} -->$", text, re.MULTILINE)
         assert {language for language, _ in blocks(text)} <= {"bash", "python", "text"}
 
