@@ -16,9 +16,10 @@ demo-t2i: $(VENV)/installed
 demo-lora: $(VENV)/installed
 	$(VENV)/bin/python -m demo.lora
 
-# A file's tests stay in one process, since they share what is made once; a thread each leaves the cores to both.
+# A file's tests stay in one process, since they share what is made once; a thread each leaves the cores to both. Files in
+# their order: those of the fewest tests, which run commands, would come last and leave a core idle.
 test: $(VENV)/installed-dev
-	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile
+	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 
 # Kills, full disks, hostile files and more, at length: a table and output/faults/summary.json.
 # FAULTS="kills disk --scale 0.1" make faults runs a tenth of these two.
