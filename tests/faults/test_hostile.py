@@ -79,6 +79,15 @@ def test_an_attack_that_succeeds_is_noticed(tmp_path, name):
     assert re.search(words, found, re.DOTALL), found
 
 
+def test_memory_that_was_free_counts_when_it_is_taken(tmp_path):
+    """As the memory that other tests freed, which the settings of `runtime` keep in the process."""
+    freed = [b"x" * 10_000_000 for _ in range(40)]
+    above = b"x" * 10_000_000
+    del freed
+    read, words = SUCCESSES["memory is taken"]
+    assert re.search(words, problems(tmp_path, read)) and above
+
+
 def test_an_attack_that_hangs_is_ended_and_the_next_one_is_executed(tmp_path, monkeypatch):
     monkeypatch.setattr(hostile, "TIME_LIMIT", 0.3)
     attacks = [
