@@ -170,9 +170,13 @@ def _loss(model: AutoencoderKL, images: np.ndarray, recipe: Recipe) -> paddle.Te
     return reconstruction + recipe.kl_weight * posterior.kl().mean() / posterior.mean[0].size
 
 
+def encode_all(model: AutoencoderKL, images: np.ndarray) -> np.ndarray:
+    """Moments of any number of images, as `encode_moments` gives them."""
+    return np.concatenate([encode_moments(model, images[start : start + 64]) for start in range(0, len(images), 64)])
+
+
 def _latent_std(model: AutoencoderKL, images: np.ndarray) -> float:
     """The standard deviation of all latent values: one number for the four channels."""
-    batches = [encode_moments(model, images[start : start + 64]) for start in range(0, len(images), 64)]
-    mean, log_variance = np.split(np.concatenate(batches), 2, axis=1)
+    mean, log_variance = np.split(encode_all(model, images), 2, axis=1)
     # The latents that are trained on are samples: the spread of the means, plus each posterior's own.
     return float(np.sqrt(mean.var() + np.exp(log_variance).mean()))

@@ -10,11 +10,12 @@ from ppdiffusers import AutoencoderKL, StableDiffusionXLPipeline
 from latent_diffusion.features import stack
 from latent_diffusion.progress import progress
 from latent_diffusion.schedules import NoiseSchedule
-from latent_diffusion.vae import encode_moments, sample_moments
+from latent_diffusion.vae import sample_moments
 from sdxl_lora.image_sampling import Condition
 from sdxl_lora.objective import Prediction, WeightedPrediction
 from sdxl_lora.text_encoders import TextEncoders
 
+from .autoencoder import encode_all
 from .captions import WORDS
 from .colors import COLOR_WORDINGS, COLORS, PLAIN_WORDINGS
 from .text_encoder import spread_words
@@ -55,8 +56,7 @@ class Batches:
 
     def __init__(self, pipeline: StableDiffusionXLPipeline, images: np.ndarray, labels: np.ndarray):
         vae, side = pipeline.vae, images.shape[1]
-        chunks = [encode_moments(vae, images[start : start + 64]) for start in range(0, len(images), 64)]
-        self._moments, self._labels, self._scale = np.concatenate(chunks), labels, vae.config.scaling_factor
+        self._moments, self._labels, self._scale = encode_all(vae, images), labels, vae.config.scaling_factor
         encoders = TextEncoders(
             (pipeline.text_encoder, pipeline.text_encoder_2), (pipeline.tokenizer, pipeline.tokenizer_2)
         )

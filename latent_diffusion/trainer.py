@@ -68,13 +68,12 @@ class LatentDiffusionTrainer(Trainer):
                 "--sharding stage3 keeps no whole weights to average; use stage1 or stage2, or --use_ema False"
             )
         settle_steps(args, len(store))
-        samples_per_step = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.dataset_world_size
         super().__init__(model=model, args=args, train_dataset=TrainingStream(store, objective, args.seed))
         self.objective, self.store, self.ema = objective, store, ema
         self._stop = stop or StopRequest()
         self._evaluation: TrainingEvaluation | None = None
         self._resumed_step = self._saved_step = 0
-        self._meter = Meter(samples_per_step, args.gradient_accumulation_steps)
+        self._meter = Meter(args.samples_per_step, args.gradient_accumulation_steps)
         for callback in (PrinterCallback, PaddleNLPProgressCallback):
             self.remove_callback(callback)
         self._guard = StepGuard(

@@ -248,6 +248,11 @@ class SuiteTrainingArguments(TrainingArguments):
         # The sampler starts at the step a run resumes from, so that no data is read only to be skipped.
         self.ignore_data_skip = True
 
+    @property
+    def samples_per_step(self) -> int:
+        """Samples of one optimizer step, over all processes."""
+        return self.per_device_train_batch_size * self.gradient_accumulation_steps * self.dataset_world_size
+
     def _check(self) -> None:
         if not self.do_train:
             raise InputError("nothing to do: give --do_train")
@@ -388,8 +393,7 @@ def settle_steps(args: SuiteTrainingArguments, images: int) -> None:
         InputError: the warmup takes all of the steps, and the polynomial divides by what is left.
     """
     if args.max_steps <= 0:
-        samples_per_step = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.dataset_world_size
-        args.max_steps = math.ceil(images * args.num_train_epochs / samples_per_step)
+        args.max_steps = math.ceil(images * args.num_train_epochs / args.samples_per_step)
     warmup = args.warmup_steps or int(args.warmup_ratio * args.max_steps)
     if args.lr_scheduler_type is SchedulerType.POLYNOMIAL and warmup >= args.max_steps:
         raise InputError(

@@ -92,16 +92,18 @@ class ImageSampler:
         """
         size = min(max(MOST_PIXELS // self.resolution**2, 1), MOST_IMAGES)
         parts = (slice(start, start + size) for start in range(0, len(condition), size))
-        drawn = [self._draw_batch(model, condition[rows], empty, generators[rows]) for rows in parts]
+        pipeline = self._pipeline(model.unet)
+        with evaluating(model):
+            drawn = [self._draw_batch(pipeline, condition[rows], empty, generators[rows]) for rows in parts]
         return np.concatenate(drawn)
 
     @paddle.no_grad()
-    def _draw_batch(self, model: SDXLLoRA, condition: Condition, empty: Condition, generators) -> np.ndarray:
+    def _draw_batch(self, pipeline: Any, condition: Condition, empty: Condition, generators) -> np.ndarray:
         side = self.resolution // VAE_DOWNSAMPLING
         contexts, pooled = condition.contexts, condition.pooled
         noise = draw_noise(generators, (self.vae.config.latent_channels, side, side))
-        with evaluating(model), _seeded(generators[0]):
-            latents = self._pipeline(model.unet)(
+        with _seeded(generators[0]):
+            latents = pipeline(
                 prompt_embeds=contexts,
                 pooled_prompt_embeds=pooled,
                 negative_prompt_embeds=empty.contexts.expand_as(contexts),

@@ -61,7 +61,7 @@ class Encoders:
 
 
 class LoRATrainer(LatentDiffusionTrainer):
-    """Encodes what is not cached, and writes the LoRA as both libraries load it: in every checkpoint, and at the end.
+    """Encodes what is not cached; at the end it writes the LoRA as both libraries load it, and says loss and speed.
 
     Args:
         encoders: for what batches do not hold.
@@ -258,8 +258,7 @@ def _image_logging_steps(lora_args: LoRAArguments, args: LoRATrainingArguments, 
         return lora_args.image_logging_steps
     if not lora_args.validation_prompts:
         return 0
-    samples_per_step = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.dataset_world_size
-    return math.ceil(lora_args.validation_epochs * images / samples_per_step)
+    return math.ceil(lora_args.validation_epochs * images / args.samples_per_step)
 
 
 def _image_sampler(vae, lora_args: LoRAArguments) -> ImageSampler:

@@ -18,6 +18,7 @@ from latent_diffusion.errors import InputError
 from latent_diffusion.images import read_image
 from latent_diffusion.packed import PackedWriter, is_packed
 from latent_diffusion.vae import encode_moments, load_vae, sample_moments
+from tests.interruptions import interrupt_after
 
 CONFIG = DiTConfig(8, 2, 4, 1, 2, 8, num_classes=2)
 WRITES = {"files": "write_file", "packed": "write_rows"}
@@ -86,19 +87,6 @@ def test_extraction_is_deterministic_and_the_seed_matters(extract, tmp_path):
         extract(tmp_path / name, seed=seed)
     assert content(tmp_path / "a") == content(tmp_path / "b")
     assert content(tmp_path / "a") != content(tmp_path / "c")
-
-
-def interrupt_after(monkeypatch, module, function: str, calls: int) -> None:
-    original, count = getattr(module, function), 0
-
-    def interrupt(*arguments, **settings):
-        nonlocal count
-        count += 1
-        if count > calls:
-            raise KeyboardInterrupt
-        return original(*arguments, **settings)
-
-    monkeypatch.setattr(module, function, interrupt)
 
 
 @pytest.mark.parametrize(

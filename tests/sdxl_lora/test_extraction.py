@@ -14,6 +14,7 @@ from sdxl_lora.dataset import CaptionedImages, open_dataset
 from sdxl_lora.extraction import cache_features
 from sdxl_lora.features import CachedFeatures, OnlineFeatures, PromptContents, TokenizedCaptions
 from sdxl_lora.text_encoders import TextEncoders
+from tests.interruptions import interrupt_after
 
 from .captioned import pixels, png, write_parquet
 
@@ -155,19 +156,6 @@ def test_other_settings_have_a_folder_of_their_own(cache, images, vae_folder, mo
     folders = {cache(), cache(center_crop=False), cache(**change)}
     assert len(folders) == (2 if change == {"center_crop": False} else 3)
     assert all(json.loads((folder / "settings.json").read_text()) for folder in folders)
-
-
-def interrupt_after(monkeypatch, module, function: str, calls: int) -> None:
-    original, count = getattr(module, function), 0
-
-    def interrupt(*arguments, **settings):
-        nonlocal count
-        count += 1
-        if count > calls:
-            raise KeyboardInterrupt
-        return original(*arguments, **settings)
-
-    monkeypatch.setattr(module, function, interrupt)
 
 
 @pytest.mark.parametrize(

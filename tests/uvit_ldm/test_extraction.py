@@ -11,6 +11,7 @@ from latent_diffusion import array_files, extraction, packed
 from latent_diffusion.errors import InputError
 from latent_diffusion.images import crop_then_resize, read_image
 from latent_diffusion.vae import encode_moments, load_vae
+from tests.interruptions import interrupt_after
 from uvit_ldm import feature_files
 from uvit_ldm.captions import CaptionedImage
 from uvit_ldm.configuration import UViTConfig
@@ -124,19 +125,6 @@ def test_training_reads_what_was_written(extract, tmp_path, layout):
         assert store.captions.tolist() == [2, 1, 3, 1]
     found = {store.sample(2, np.random.default_rng(seed))["contexts"].tobytes() for seed in range(50)}
     assert found == {context.tobytes() for context in Encoder().encode(CAPTIONS["c.jpg"])}
-
-
-def interrupt_after(monkeypatch, module, function: str, calls: int) -> None:
-    original, count = getattr(module, function), 0
-
-    def interrupt(*arguments, **settings):
-        nonlocal count
-        count += 1
-        if count > calls:
-            raise KeyboardInterrupt
-        return original(*arguments, **settings)
-
-    monkeypatch.setattr(module, function, interrupt)
 
 
 @pytest.mark.parametrize(
