@@ -28,6 +28,7 @@ from latent_diffusion.errors import InputError
 
 from .data_layouts import LAYOUTS, Layout, SmallShards, Values
 from .data_mutations import HARMLESS, MARKER, UNPRIVILEGED, kinds_of
+from .memory import memory
 
 SEED = 0
 # All cases at scale 1; never less than each mutation once on each layout.
@@ -202,7 +203,7 @@ def _line_in_time(file: BinaryIO) -> bytes:
 def _read_all(cases: list[Case], intact: list[Values], seed: int, answers: int) -> None:
     """What the process does that reads cases."""
     try:
-        resource.setrlimit(resource.RLIMIT_AS, (_memory() + MEMORY, resource.RLIM_INFINITY))
+        resource.setrlimit(resource.RLIMIT_AS, (memory("VmSize") + MEMORY, resource.RLIM_INFINITY))
         with SmallShards(), Path("printed").open("w+b") as printed:
             os.dup2(printed.fileno(), 1)
             os.dup2(printed.fileno(), 2)
@@ -217,11 +218,6 @@ def _read_all(cases: list[Case], intact: list[Values], seed: int, answers: int) 
 
 def _show_warning(message: Warning, category: type, filename: str, line: int, *_: object) -> None:
     sys.stderr.write(warnings.formatwarning(message, category, filename, line))
-
-
-def _memory() -> int:
-    """Bytes of address space that this process has."""
-    return int(Path("/proc/self/statm").read_text().split()[0]) * os.sysconf("SC_PAGE_SIZE")
 
 
 def read_case(case: Case, intact: Values, seed: int, printed: BinaryIO) -> tuple[str, str]:

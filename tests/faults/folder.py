@@ -15,6 +15,7 @@ from tests.cli.commands import REPOSITORY
 from uvit_ldm.features import open_features as open_coco_features
 
 from .data_layouts import DIT, RESOLUTION, UVIT, image_contents
+from .memory import forget_peak, memory
 
 IMAGES = 1_000_000
 # Names of one file; ext4 allows 65,000.
@@ -75,18 +76,13 @@ def measure_opening(folder: str) -> None:
     if pid := os.fork():
         assert os.waitpid(pid, 0)[1] == 0
         return
-    Path("/proc/self/clear_refs").write_text("5")  # sets the peak back
-    before, start = _memory("VmRSS"), time.perf_counter()
+    before, start = forget_peak(), time.perf_counter()
     store = open_store(Path(folder))
     seconds = time.perf_counter() - start
-    memory = {"peak_mb": _memory("VmHWM") - before, "kept_mb": _memory("VmRSS") - before}
-    print(json.dumps({"images": len(store), "seconds": seconds} | memory), flush=True)
+    taken = {"peak_mb": memory("VmHWM") - before, "kept_mb": memory("VmRSS") - before}
+    figures = {"images": len(store), "seconds": seconds} | {key: value / 2**20 for key, value in taken.items()}
+    print(json.dumps(figures), flush=True)
     os._exit(0)
-
-
-def _memory(name: str) -> float:
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) for line in lines if line.startswith(name)) / 1024
 
 
 class Links:

@@ -5,7 +5,6 @@ while no code ran, nothing outside was written or read, and time and memory stay
 """
 
 import contextlib
-import ctypes
 import json
 import os
 import resource
@@ -22,6 +21,8 @@ from pathlib import Path
 from typing import Any
 
 from latent_diffusion.errors import InputError
+
+from .memory import forget_peak, memory
 
 # Of one attack: seconds, and bytes of memory beyond those of the process that it begins in.
 TIME_LIMIT = 5.0
@@ -179,7 +180,7 @@ def _in_fork(attacks: Sequence[Attack], folder: Path) -> Iterator[Outcome]:
 
 def _execute(attacks: Sequence[Attack], folder: Path, sending: int) -> None:
     """Writes the outcome of each attack as a line of JSON, and ends the process."""
-    resource.setrlimit(resource.RLIMIT_AS, (_memory("VmSize") + _ADDRESS_SPACE,) * 2)
+    resource.setrlimit(resource.RLIMIT_AS, (memory("VmSize") + _ADDRESS_SPACE,) * 2)
     silent = os.open(os.devnull, os.O_WRONLY)
     os.dup2(silent, 1)
     os.dup2(silent, 2)
@@ -198,10 +199,7 @@ def _attempt(attack: Attack, folder: Path, audit: "_Audit") -> Outcome:
     path = attack.write(inside)
     os.chdir(inside)
     before, variables = _listing(folder), dict(os.environ)
-    # Memory that is free goes back to the system: an attack that is given it again would seem to take none.
-    ctypes.CDLL(None).malloc_trim(0)
-    Path("/proc/self/clear_refs").write_text("5")  # what has been the most memory so far is forgotten
-    memory, start = _memory("VmRSS"), time.monotonic()
+    at_first, start = forget_peak(), time.monotonic()
     with audit.watching(inside):
         try:
             attack.read(path)
@@ -210,11 +208,11 @@ def _attempt(attack: Attack, folder: Path, audit: "_Audit") -> Outcome:
             end, message = "refused", str(error)
         except BaseException:
             end, message = "raised", traceback.format_exc(-3)
-    seconds, memory = time.monotonic() - start, _memory("VmHWM") - memory
+    seconds, taken = time.monotonic() - start, memory("VmHWM") - at_first
     changes = [f"changed {name}" for name, _ in sorted(before ^ _listing(folder))]
     if os.environ != variables:  # some libraries change it for a while
         changes.append("changed the environment")
-    return Outcome(end, message[:4000], sorted(set(audit.events))[:10] + changes, seconds, memory)
+    return Outcome(end, message[:4000], sorted(set(audit.events))[:10] + changes, seconds, taken)
 
 
 class _Audit:
@@ -282,12 +280,6 @@ def _listing(folder: Path) -> set[tuple[str, tuple[int, ...]]]:
         (str(path.relative_to(folder)), (status.st_mode, status.st_size, status.st_mtime_ns, status.st_ctime_ns))
         for path, status in statuses
     }
-
-
-def _memory(name: str) -> int:
-    """Bytes of this process: VmRSS in memory, VmHWM the most of it so far, VmSize of its address space."""
-    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(f"{name}:"))
-    return int(line.split()[1]) * 1024
 
 
 def _in_fresh_process(folder: Path) -> list[dict[str, Any]]:
