@@ -6,7 +6,7 @@ import shutil
 import subprocess
 import sys
 import textwrap
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -83,7 +83,7 @@ def run(command: Command) -> Result:
     return Result(done.returncode, done.stdout, done.stderr)
 
 
-def run_all(commands: dict[str, Command]) -> dict[str, Result]:
+def run_all(commands: dict[str, Command], run: Callable[[Command], Result] = run) -> dict[str, Result]:
     """Runs commands that do not depend on each other, two at a time."""
     with ThreadPoolExecutor(2) as pool:
         return dict(zip(commands, pool.map(run, commands.values()), strict=True))

@@ -10,7 +10,8 @@ from latent_diffusion.weights import read_torch, write_paddle
 from tests.peer import needs_peer, run_peer
 
 from ..conftest import DATA
-from .commands import CONVERT, REPOSITORY, Command, run, run_all
+from .commands import CONVERT, REPOSITORY, Command
+from .forks import run, run_all
 
 CONVERT_BACK = str(REPOSITORY / "scripts" / "convert_ppdiffusers_to_dit.py")
 

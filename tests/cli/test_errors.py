@@ -6,7 +6,8 @@ import time
 
 import pytest
 
-from .commands import CONVERT, EXTRACT, REPOSITORY, TINY, TRAIN, Command, run_all
+from .commands import CONVERT, EXTRACT, REPOSITORY, TINY, TRAIN, Command
+from .forks import run_all
 
 BAD = {
     "unknown flag": "unknown argument '--learning_rte'",

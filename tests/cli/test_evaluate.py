@@ -12,7 +12,8 @@ from latent_diffusion.evaluation.pixels import Pixels
 from latent_diffusion.evaluation.side import Side
 
 from ..latent_diffusion.evaluation.test_clip_score import write_whole_clip
-from .commands import LAUNCH, REPOSITORY, Command, run_all
+from .commands import LAUNCH, REPOSITORY, Command
+from .forks import run_all
 
 EVALUATE = str(REPOSITORY / "evaluate.py")
 CLIP = ("--clip", "clip", "--prompts", "prompts.txt")

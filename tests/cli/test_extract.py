@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from .commands import EXTRACT, LAUNCH, REPOSITORY, Command, run, run_all
+from .commands import EXTRACT, LAUNCH, REPOSITORY, Command
+from .forks import run, run_all
 
 CONVERT_FEATURES = str(REPOSITORY / "scripts" / "convert_features.py")
 LAYOUTS = {"files": ("--use_flip", "True"), "packed": ("--layout", "packed", "--use_flip", "False")}

@@ -17,7 +17,8 @@ from uvit_ldm.configuration import UViTConfig
 from uvit_ldm.feature_files import read_prompts
 from uvit_ldm.features import open_features
 
-from .commands import LAUNCH, REPOSITORY, Command, environment, run, run_all
+from .commands import LAUNCH, REPOSITORY, Command, environment
+from .forks import run, run_all
 
 EXTRACT_COCO = str(REPOSITORY / "extract_coco_features.py")
 CONFIG = UViTConfig(8, 2, 4, 2, 2, 8, clip_dim=16, num_text_tokens=12)

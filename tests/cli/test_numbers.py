@@ -7,7 +7,8 @@ import pytest
 
 from latent_diffusion.weights import read_paddle
 
-from .commands import LAUNCH, LOOP, TRAIN, Command, Result, run_all
+from .commands import LAUNCH, LOOP, TRAIN, Command, Result
+from .forks import run_all
 
 DISTURBED = str(Path(__file__).parent / "disturbed.py")
 

@@ -11,7 +11,8 @@ from PIL import Image
 import sample_ddp
 from dit.configuration import DiTConfig
 
-from .commands import LAUNCH, REPOSITORY, TINY, Command, Result, run, run_all
+from .commands import LAUNCH, REPOSITORY, TINY, Command, Result
+from .forks import run, run_all
 
 SAMPLE, SAMPLE_MANY = str(REPOSITORY / "sample.py"), str(REPOSITORY / "sample_ddp.py")
 BENCHMARK = str(REPOSITORY / "benchmarks" / "sampling.py")

@@ -15,7 +15,8 @@ from uvit_ldm.pretrained import read_pretrained
 from uvit_ldm.prompts import Prompts
 from uvit_ldm.sampling import make_sampler
 
-from .commands import LAUNCH, REPOSITORY, TINY, Command, Result, ends, in_turn, run_all
+from .commands import LAUNCH, REPOSITORY, TINY, Command, Result, ends, in_turn
+from .forks import run_all
 
 SAMPLE = str(REPOSITORY / "sample_t2i.py")
 PROMPTS = ["the cat", "the digit 3", "a dog on the grass"]

@@ -20,7 +20,8 @@ from latent_diffusion.evaluation.side import Side
 from latent_diffusion.evaluation.sweep import COMPARED
 from latent_diffusion.vae import load_vae
 
-from .commands import LAUNCH, REPOSITORY, TINY, Command, Result, ends, in_turn, run_all
+from .commands import LAUNCH, REPOSITORY, TINY, Command, Result, ends, in_turn
+from .forks import run_all
 
 SWEEP = str(REPOSITORY / "scripts" / "sweep_sampling.py")
 DATA = REPOSITORY / "tests" / "data"

@@ -15,7 +15,8 @@ from dit.feature_conversion import convert_features
 from dit.pretrained import load_dit
 from latent_diffusion.weights import read_paddle
 
-from .commands import LAUNCH, LOOP, REPOSITORY, Command, run_all
+from .commands import LAUNCH, LOOP, REPOSITORY, Command
+from .forks import run_all
 
 # The published command after the launcher's flags, word for word.
 PUBLISHED = "--model DiT-XL/2 --feature-path ./data/fastdit_imagenet256 --global-batch-size 16"

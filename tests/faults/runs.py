@@ -3,6 +3,7 @@
 import atexit
 import functools
 import multiprocessing
+import multiprocessing.connection
 import os
 import resource
 import runpy
@@ -12,6 +13,7 @@ import socket
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator
@@ -25,6 +27,9 @@ from . import shim
 
 # Seconds after which a run hangs.
 TIMEOUT = 180.0
+
+# Threads may run commands; `multiprocessing` asks all its processes how they are when it starts one.
+_ONE_AT_A_TIME = threading.Lock()
 
 
 class Running:
@@ -96,6 +101,24 @@ class Server:
         fork.join(TIMEOUT)
         return fork.exitcode
 
+    def run(self, command: Command) -> Result:
+        """Runs a Python script of the repository in a fork, as `commands.run` runs it in a process of its own."""
+        with tempfile.TemporaryDirectory() as folder:
+            out, err = (Path(folder, name) for name in ("out", "err"))
+            for file in (out, err):
+                file.touch()
+            variables = environment() | command.variables
+            fork = self._context.Process(target=_run, args=(command.arguments, command.folder, variables, out, err))
+            with _ONE_AT_A_TIME:
+                fork.start()
+            ended = multiprocessing.connection.wait([fork.sentinel], TIMEOUT)
+            with _ONE_AT_A_TIME:
+                if not ended:
+                    fork.kill()
+                fork.join()
+            assert ended, f"{command} did not end within {TIMEOUT:g} s; it printed: {err.read_text()}"
+            return Result(fork.exitcode, out.read_text(), err.read_text())
+
     def start(self, command: Command, output: Path, processes: int = 1, file_limit: int | None = None) -> Running:
         """Runs a Python script of the repository in a fork, or in a fork a rank.
 
@@ -110,7 +133,9 @@ class Server:
         ranks = _ranks(processes) if processes > 1 else [{}]
         forks = [
             self._context.Process(
-                target=_run, args=(command.arguments, command.folder, variables | rank, output, file_limit), daemon=True
+                target=_run,
+                args=(command.arguments, command.folder, variables | rank, output, output, file_limit),
+                daemon=True,
             )
             for rank in ranks
         ]
@@ -207,17 +232,19 @@ def _free_ports(count: int) -> list[int]:
     return ports
 
 
-def _run(arguments: list[str], folder: Path, variables: dict[str, str], output: Path, file_limit: int | None) -> None:
+def _run(
+    arguments: list[str], folder: Path, variables: dict[str, str], out: Path, err: Path, file_limit: int | None = None
+) -> None:
     if file_limit is not None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (file_limit, file_limit))
-    _become(arguments, folder, variables, output)
+    _become(arguments, folder, variables, out, err)
     runpy.run_path(arguments[0], run_name="__main__")
 
 
 def run_script(arguments: list[str], folder: Path, variables: dict[str, str], output: Path) -> NoReturn:
     """In a process that was just forked: runs a script, as a command of its own would, and ends."""
     try:
-        _become(arguments, folder, variables, output)
+        _become(arguments, folder, variables, output, output)
         runpy.run_path(arguments[0], run_name="__main__")
         code = 0
     except SystemExit as end:
@@ -230,10 +257,9 @@ def run_script(arguments: list[str], folder: Path, variables: dict[str, str], ou
     os._exit(code or 0)
 
 
-def _become(arguments: list[str], folder: Path, variables: dict[str, str], output: Path) -> None:
-    descriptor = os.open(output, os.O_WRONLY | os.O_APPEND)
-    for standard in (1, 2):
-        os.dup2(descriptor, standard)
+def _become(arguments: list[str], folder: Path, variables: dict[str, str], out: Path, err: Path) -> None:
+    for standard, path in ((1, out), (2, err)):
+        os.dup2(os.open(path, os.O_WRONLY | os.O_APPEND), standard)
     os.chdir(folder)
     os.environ.update(variables)  # those that the stack was imported with stay: its mathematics depends on them
     from paddle.distributed import parallel
