@@ -5,11 +5,12 @@ files that stand for more than memory holds.
 """
 
 import contextlib
+import functools
 import io
 import itertools
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 import datasets
@@ -31,6 +32,7 @@ _HUB_NAME = re.compile(r"\w[\w.-]*/\w[\w.-]*", re.ASCII)
 _READERS = (Parquet, ImageFolder, Cache)
 
 KINDS = "parquet files, or images with a metadata.jsonl"
+_WRITE_IMAGES = "write it with the bytes of encoded images"
 
 # What describes a dataset beside its files; of the bytes of one, and of how deep lists are in lists there.
 _CARDS = ("README.md", ".huggingface.yaml", "dataset_infos.json")
@@ -43,8 +45,8 @@ _MAX_LINE = 1 << 16
 # image at least, on average.
 _MOST_PACKED, _LITTLE, _LEAST_IMAGE = 100, 1 << 26, 16
 
-# Rows of parquet files that are in memory at a time.
-_BATCH_SIZE = 64
+# Of parquet files, what is in memory at a time: rows, and bytes unless one row has more.
+_MOST_ROWS, _MOST_BYTES = 64, 1 << 26
 
 
 def find_builder(
@@ -92,7 +94,7 @@ def _refuse_script(folder: Path) -> None:
 
 
 def _check_cards(folder: Path) -> None:
-    """The library would wait for pipes, and unfold what stands for more than memory holds."""
+    """The library would wait for pipes, unfold what stands for more than memory holds, and ask servers for files."""
     for path in (folder / name for name in _CARDS):
         if not os.path.lexists(path):
             continue
@@ -100,8 +102,14 @@ def _check_cards(folder: Path) -> None:
             text = read_bytes(path, _MAX_CARD).decode(errors="replace")
         if path.suffix == ".md":
             text = text.lstrip().removeprefix("---").partition("\n---")[0] if text.lstrip().startswith("---") else ""
-        if path.suffix != ".json" and not _is_plain(text):
+        if path.suffix == ".json":
+            continue
+        if not _is_plain(text):
             raise InputError(f"{path} has YAML with aliases or deep lists; write out what they stand for")
+        if address := next(_addresses(text), None):
+            raise InputError(
+                f"{path} names {address!r:.200}, which is not in that folder; download it and name the copy"
+            )
 
 
 def _is_plain(text: str) -> bool:
@@ -113,6 +121,21 @@ def _is_plain(text: str) -> bool:
             if isinstance(event, yaml.AliasEvent) or depth > _MAX_DEPTH:
                 return False
     return True
+
+
+def _addresses(text: str) -> Iterator[str]:
+    """What a card names as data files that is no path: of fsspec, `protocol://` and `protocol::`."""
+    with contextlib.suppress(yaml.YAMLError, ValueError):  # the library says what is wrong
+        card = yaml.safe_load(text)
+        values = [card.get("configs")] if isinstance(card, dict) else []
+        while values:
+            match values.pop():
+                case str(value) if "://" in value or "::" in value:
+                    yield value
+                case list(items):
+                    values += items
+                case dict(items):
+                    values += items.values()
 
 
 def _check_files(builder: datasets.DatasetBuilder, root: Path, name: str) -> None:
@@ -132,21 +155,38 @@ def _check_files(builder: datasets.DatasetBuilder, root: Path, name: str) -> Non
 
 
 def _check_parquet(path: Path) -> None:
-    with naming_errors(path):
-        try:
-            with open_regular(path) as file:
-                metadata = pyarrow.parquet.ParquetFile(file).metadata
-                size = os.fstat(file.fileno()).st_size
-        except pa.ArrowException as error:
-            raise InputError(f"the parquet file {path} is damaged: {_line(error)}") from None
+    metadata, size = _parquet_metadata(path)
     if not metadata.num_rows:
         raise InputError(f"the parquet file {path} has no rows; remove it")
     unpacked = sum(metadata.row_group(i).total_byte_size for i in range(metadata.num_row_groups))
-    if unpacked > max(_LITTLE, _MOST_PACKED * size) or metadata.num_rows * _LEAST_IMAGE > size:
+    if unpacked > _most_unpacked(size) or metadata.num_rows * _LEAST_IMAGE > size:
         raise InputError(
             f"the parquet file {path} has {size} bytes, too few for {metadata.num_rows} images with captions that "
-            f"become {unpacked} bytes; write it with the bytes of encoded images"
+            f"become {unpacked} bytes; {_WRITE_IMAGES}"
         )
+
+
+def _parquet_metadata(path: Path) -> tuple[pyarrow.parquet.FileMetaData, int]:
+    """Of a parquet file, with its size in bytes."""
+    with naming_errors(path):
+        try:
+            with open_regular(path) as file:
+                return pyarrow.parquet.ParquetFile(file).metadata, os.fstat(file.fileno()).st_size
+        except pa.ArrowException as error:
+            raise InputError(f"the parquet file {path} is damaged: {_line(error)}") from None
+
+
+def _most_unpacked(size: int) -> int:
+    """Bytes that a parquet file of `size` bytes may become."""
+    return max(_LITTLE, _MOST_PACKED * size)
+
+
+def _batch_size(metadata: pyarrow.parquet.FileMetaData) -> int:
+    """How many rows may be in memory at a time: each may be a copy of the largest value in a dictionary."""
+    groups = map(metadata.row_group, range(metadata.num_row_groups))
+    chunks = [group.column(i) for group in groups for i in range(metadata.num_columns)]
+    largest = max((chunk.total_uncompressed_size for chunk in chunks if chunk.has_dictionary_page), default=0)
+    return max(1, min(_MOST_ROWS, _MOST_BYTES // max(1, largest)))
 
 
 def _check_metadata(path: Path) -> None:
@@ -175,7 +215,7 @@ def read_rows(builder: datasets.DatasetBuilder, name: str) -> datasets.table.Tab
     """
     with _naming_errors(name):
         if isinstance(builder, Parquet):
-            builder.config.batch_size = _BATCH_SIZE  # otherwise as many as a file says
+            builder._generate_tables = functools.partial(_generate_tables, builder)
         builder.download_and_prepare()
     splits = [split for split, info in builder.info.splits.items() if info.num_examples]
     if not splits:
@@ -184,6 +224,24 @@ def read_rows(builder: datasets.DatasetBuilder, name: str) -> datasets.table.Tab
         raise InputError(f"the dataset {name} has no split 'train', but {', '.join(splits)}; give a folder with one")
     with _naming_errors(name):
         return builder.as_dataset("train" if "train" in splits else splits[0]).data
+
+
+def _generate_tables(builder: Parquet, files: Sequence[Iterable[str]]) -> Iterator[tuple[str, pa.Table]]:
+    """What the library's reader of parquet files yields, while that is not many times what a file has.
+
+    A value of a dictionary takes a few bytes where it comes again, so that its metadata do not say what it becomes.
+    """
+    for number, path in enumerate(itertools.chain.from_iterable(files)):
+        metadata, size = _parquet_metadata(Path(path))
+        builder.config.batch_size = _batch_size(metadata)
+        unpacked = 0
+        for key, table in Parquet._generate_tables(builder, [[path]]):
+            unpacked += table.nbytes
+            if unpacked > _most_unpacked(size):
+                raise InputError(
+                    f"the parquet file {path} of {size} bytes becomes more than {unpacked}; {_WRITE_IMAGES}"
+                )
+            yield f"{number}_{key}", table
 
 
 def image_root(builder: datasets.DatasetBuilder, name: str) -> Path | None:

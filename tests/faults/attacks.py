@@ -1182,9 +1182,9 @@ def _read_dataset(path: Path) -> None:
     images.image(0)
 
 
-def _repeated(value: bytes | str) -> pa.Array:
-    """A value 100,000 times, which takes a few bytes more than once."""
-    return pa.DictionaryArray.from_arrays(pa.array(np.zeros(10**5, np.int32)), [value])
+def _repeated(value: bytes | str, count: int = 10**5) -> pa.Array:
+    """A value many times, which takes a few bytes more than once."""
+    return pa.DictionaryArray.from_arrays(pa.array(np.zeros(count, np.int32)), [value])
 
 
 def _replaced_by(content: Content) -> Callable[[Path], object]:
@@ -1193,6 +1193,15 @@ def _replaced_by(content: Content) -> Callable[[Path], object]:
         content(path) if callable(content) else path.write_bytes(content)
 
     return write
+
+
+# A column that makes a file long enough for its rows.
+_NOISE = np.random.default_rng(0).random(2 * 10**5).view("S16").tolist()
+
+
+def _configs(setting: str) -> bytes:
+    """The README.md of a dataset of one configuration."""
+    return f"---\nconfigs:\n- config_name: default\n  {setting}\n---\n".encode()
 
 
 def datasets() -> Iterator[Attack]:
@@ -1205,6 +1214,12 @@ def datasets() -> Iterator[Attack]:
         ),
         "one image 100,000 times": lambda path: _parquet(
             path, {"image": _repeated(bytes(10**5)), "text": _repeated("a")}
+        ),
+        "one image 100,000 times, and noise": lambda path: _parquet(
+            path, {"image": _repeated(bytes(10**5)), "text": _repeated("a"), "noise": _NOISE}
+        ),
+        "an image of 50 MB of zeros 64 times": lambda path: _parquet(
+            path, {"image": _repeated(bytes(50_000_000), 64), "text": _repeated("a", 64), "noise": _NOISE[:64]}
         ),
         "an image of 300 MB of zeros": lambda path: _parquet(
             path, {"image": [bytes(300_000_000)], "text": ["a"]}, False
@@ -1228,6 +1243,12 @@ def datasets() -> Iterator[Attack]:
         "a billion laughs": f"---\n{laughs}configs: *o\n---\n".encode(),
         "laughs for features": f"---\n{laughs}dataset_info:\n  features: *o\n---\n".encode(),
         "deep lists": b"---\nconfigs: " + b"[" * 5_000 + b"\n---\n",
+        "files on the network": _configs("data_files: http://127.0.0.1:9/x.parquet"),
+        "files on the network by splits": _configs(
+            "data_files: [{split: train, path: [http://127.0.0.1:9/x.parquet]}]"
+        ),
+        "files on the hub": _configs("data_files: hf://datasets/owner/some/*.parquet"),
+        "files by two protocols": _configs("data_files: simplecache::file:///etc/*.parquet"),
         "a call": b"---\nconfigs: !!python/object/apply:os.system ['touch code-was-run']\n---\n",
         "20 GB of nothing": _STRANGE["20 GB of nothing"],
         "a pipe": _STRANGE["a pipe"],

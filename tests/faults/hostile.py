@@ -256,12 +256,18 @@ class _Audit:
         """Whether something is done to the files that the `datasets` library keeps of its own."""
         match event, arguments:
             case "os.truncate", (int(descriptor), _):
-                path = os.readlink(f"/proc/self/fd/{descriptor}")  # noqa: PTH115
+                path = _path_of(descriptor)
+            case "os.remove", (str(name), int(folder)) if folder >= 0:
+                path = f"{_path_of(folder)}/{name}"
             case _, (str() | bytes() as name, *_):
                 path = os.path.abspath(os.fsdecode(name))  # noqa: PTH100
             case _:
                 return False
         return path.startswith(self._cache)
+
+
+def _path_of(descriptor: int) -> str:
+    return os.readlink(f"/proc/self/fd/{descriptor}")  # noqa: PTH115
 
 
 def _lines(descriptor: int, patience: float) -> Iterator[str]:

@@ -4,6 +4,7 @@ import json
 import multiprocessing
 import os
 import pickle
+import re
 import shutil
 import zipfile
 from pathlib import Path
@@ -303,6 +304,22 @@ def test_a_readme_cannot_name_files_outside_of_the_folder(tmp_path, pattern):
     (folder / "README.md").write_text(f"---\nconfigs:\n{configs}\n---\n")
     with pytest.raises(InputError, match=f"the README.md of the dataset {folder} names .*outside/train.parquet"):
         open_folder(folder)
+
+
+@pytest.mark.parametrize("setting", ["data_files: {}", "data_files: [{{split: train, path: {}}}]", "data_dir: {}"])
+@pytest.mark.parametrize("address", ["http://127.0.0.1:9/x.parquet", "hf://datasets/owner/some", "zip::file:///x.zip"])
+def test_a_readme_cannot_name_files_on_a_server(tmp_path, setting, address):
+    folder = write_binary(tmp_path / "some")
+    configs = f"- config_name: default\n  {setting.format(repr(address))}"
+    (folder / "README.md").write_text(f"---\nconfigs:\n{configs}\n---\n")
+    with pytest.raises(InputError, match=re.escape(f"{folder / 'README.md'} names {address!r}, which is not in")):
+        open_folder(folder)
+
+
+def test_a_readme_may_have_links(tmp_path):
+    folder = write_binary(tmp_path / "some")
+    (folder / "README.md").write_text("---\nlicense: other\nlicense_link: https://example.org/terms\n---\n")
+    assert len(open_folder(folder)) == len(IMAGES)
 
 
 def test_configurations_are_those_of_the_readme(tmp_path):
