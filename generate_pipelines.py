@@ -57,6 +57,7 @@ def main() -> None:
     from paddlenlp.utils.log import logger
 
     from latent_diffusion.checkpoint import EMA_MODEL, MODEL
+    from latent_diffusion.files import check_apart
     from latent_diffusion.text_encoder import TextEncoder
     from uvit_ldm.export import export_pipeline
     from uvit_ldm.pretrained import read_pretrained
@@ -64,6 +65,7 @@ def main() -> None:
     # PaddleNLP names every file it writes, under its temporary name.
     logger.set_level("WARNING")
     model_file = arguments.model_file
+    check_apart(arguments.output_path, model_file)
     pretrained = read_pretrained(model_file, arguments.unet_config_file, arguments.use_ema)
     print(f"converting {pretrained.source}", flush=True)
     if model_file.name == MODEL and model_file.with_name(EMA_MODEL).is_file():

@@ -114,6 +114,13 @@ def new_folder(path: Path, marker: str) -> Iterator[Path]:
         raise
 
 
+def check_apart(path: Path, *sources: str | Path) -> None:
+    """Raises `InputError` if a source lies in a folder that is to be replaced, or is that folder."""
+    for source in sources:
+        if Path(source).exists() and Path(source).resolve().is_relative_to(path.resolve()):
+            raise InputError(f"{path} would be replaced, and {source} is in it; choose another folder to write")
+
+
 def set_usual_mode(file: Path) -> None:
     """Gives a file the permissions that new files have: safetensors makes its own for the user's eyes only."""
     os.umask(mask := os.umask(0))

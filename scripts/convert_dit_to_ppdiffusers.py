@@ -45,7 +45,9 @@ def main() -> None:
     runtime.announce(runtime.start())
     from dit.export import export_pipeline, read_labels
     from dit.pretrained import read_pretrained
+    from latent_diffusion.files import check_apart
 
+    check_apart(arguments.output_path, arguments.model_file)
     pretrained = read_pretrained(arguments.model_file, arguments.config_file, arguments.use_ema)
     labels = read_labels(arguments.id2label, pretrained.config.num_classes)
     print(f"converting {pretrained.source}", flush=True)

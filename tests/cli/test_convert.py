@@ -121,3 +121,10 @@ def test_pytorch_and_diffusers_take_what_is_written(converted, golden):
     with np.load(Path(folder) / "peer.npz") as found:
         assert np.abs(found["out"] - golden("forward_time127")["out"]).max() <= 1e-4
         assert found["images"].shape == (2, 64, 64, 3) and np.isfinite(found["images"]).all()
+
+
+def test_a_pipeline_is_not_replaced_while_it_is_read(tmp_path):
+    (tmp_path / "pipeline/transformer").mkdir(parents=True)
+    (tmp_path / "pipeline/model_index.json").write_text("{}")
+    done = run(Command([CONVERT, "--model_file", "pipeline/transformer", "--output_path", "pipeline"], tmp_path))
+    assert done.code == 1 and "error: pipeline would be replaced, and pipeline/transformer is in it" in done.err

@@ -258,6 +258,17 @@ def test_a_folder_that_cannot_be_written_is_named(tmp_path, monkeypatch):
         pass
 
 
+@pytest.mark.parametrize("source", ["pipeline", "pipeline/unet", "link/unet", "elsewhere/../pipeline"])
+def test_what_is_read_is_not_replaced(tmp_path, monkeypatch, source):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "pipeline/unet").mkdir(parents=True)
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "link").symlink_to("pipeline")
+    with pytest.raises(InputError, match=f"pipeline would be replaced, and {source} is in it"):
+        files.check_apart(Path("pipeline"), source)
+    files.check_apart(Path("pipeline/new"), source, "owner/name")
+
+
 def test_a_new_folder_below_a_file_is_named(tmp_path):
     (tmp_path / "file").write_text("")
     with (
