@@ -15,7 +15,6 @@ from pathlib import Path
 import datasets
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet
 from PIL import Image
 
 from latent_diffusion.errors import InputError
@@ -111,7 +110,8 @@ class CaptionedImages:
 
     def name(self, index: int) -> str:
         """Says in an error which image is meant."""
-        path = self._stored(index)[1]
+        value = self._value(index)
+        path = value["path"].as_py() if _has_path(value.type) and value.is_valid else None
         return f"in row {self._rows[index]} (the first is 0) of {self._name}" + (f" ({path})" if path else "")
 
     def image(self, index: int) -> Image.Image:
@@ -166,13 +166,13 @@ class CaptionedImages:
             with naming_image(self.name(index)), open_image(source):
                 pass
 
-    def _stored(self, index: int) -> tuple[bytes | None, str | None]:
-        """The encoded image of a row, and its path."""
-        value = self._table.column(self._image_column)[int(self._rows[index])].as_py()
-        return (value.get("bytes"), value.get("path")) if isinstance(value, dict) else (value, None)
+    def _value(self, index: int) -> pa.Scalar:
+        """The encoded image of a row, or the bytes and the path of one; not copied yet."""
+        return self._table.column(self._image_column)[int(self._rows[index])]
 
     def _source(self, index: int) -> Path | io.BytesIO:
-        content, path = self._stored(index)
+        value = self._value(index).as_py()
+        content, path = (value.get("bytes"), value.get("path")) if isinstance(value, dict) else (value, None)
         if content is not None:
             return io.BytesIO(content)
         if path is None or self._root is None:
@@ -192,6 +192,10 @@ def _holds_images(kind: pa.DataType) -> bool:
     if pa.types.is_struct(kind):
         return kind.get_field_index("bytes") >= 0 and _is_binary(kind.field("bytes").type)
     return _is_binary(kind)
+
+
+def _has_path(kind: pa.DataType) -> bool:
+    return pa.types.is_struct(kind) and kind.get_field_index("path") >= 0
 
 
 def _is_binary(kind: pa.DataType) -> bool:

@@ -8,6 +8,7 @@ import contextlib
 import functools
 import io
 import itertools
+import json
 import os
 import re
 from collections.abc import Iterable, Iterator, Sequence
@@ -72,6 +73,8 @@ def find_builder(
         builder = _load_builder(name, str(folder.resolve()), name=config_name)
     elif _HUB_NAME.fullmatch(name) and not name.endswith(".py"):
         return _load_builder(name, name, name=config_name)
+    elif folder.exists():
+        raise InputError(f"the dataset {name} is a file; give the folder that holds it, or one of it alone")
     else:
         raise InputError(f"the dataset folder {name} does not exist, and it is no name (owner/name) on the hub")
     _check_files(builder, folder.resolve(), name)
@@ -140,18 +143,21 @@ def _addresses(text: str) -> Iterator[str]:
 
 def _check_files(builder: datasets.DatasetBuilder, root: Path, name: str) -> None:
     """Before the library opens files: a README.md can name any, and archives would be unpacked whatever their name."""
+    has_parquet = False
     for files in builder.config.data_files.values():
         for path in map(Path, files):
             if not is_below(path, root):
                 raise InputError(f"the README.md of the dataset {name} names {path}, which is not in that folder")
             if path.suffix == ".parquet":
+                has_parquet = True
                 _check_parquet(path)
             elif path.name in ImageFolder.METADATA_FILENAMES:
                 _check_metadata(path)
         if isinstance(builder, ImageFolder):
             files[:] = [file for file in files if _is_of_images(Path(file))]
     if not any(builder.config.data_files.values()):
-        raise InputError(f"the dataset folder {name} holds no images; unpack them if they are in archives")
+        advice = f"give --dataset_name {name}" if has_parquet else "unpack them if they are in archives"
+        raise InputError(f"the dataset folder {name} holds no images; {advice}")
 
 
 def _check_parquet(path: Path) -> None:
@@ -190,12 +196,27 @@ def _batch_size(metadata: pyarrow.parquet.FileMetaData) -> int:
 
 
 def _check_metadata(path: Path) -> None:
+    is_empty = True
     with naming_errors(path), io.BufferedReader(open_regular(path)) as file:
         for number in itertools.count(1):
             if not (line := file.readline(_MAX_LINE + 1)):
-                return
+                break
             if len(line) > _MAX_LINE:
                 raise InputError(f"line {number} of {path} has more than {_MAX_LINE} bytes; it must describe one image")
+            if not line.strip():
+                continue
+            is_empty = False
+            if path.suffix == ".jsonl" and not _is_record(line):
+                raise InputError(f"line {number} of {path} is no JSON object in UTF-8; it must describe one image")
+    if is_empty:
+        raise InputError(f"{path} is empty; it must have a line for each image")
+
+
+def _is_record(line: bytes) -> bool:
+    try:
+        return isinstance(json.loads(line.decode("utf-8-sig")), dict)
+    except (ValueError, RecursionError):
+        return False
 
 
 def _is_of_images(path: Path) -> bool:

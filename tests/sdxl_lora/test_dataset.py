@@ -217,8 +217,10 @@ def test_metadata_cannot_name_a_file_outside_of_its_folder(tmp_path, name):
     [
         (
             ['{"file_name": "0.png", "text": "a"}', '{"file_name":'],
-            "cannot read the dataset .*folder: JSON parse",
+            "line 2 of .*folder/metadata.jsonl is no JSON object in UTF-8; it must describe one image",
         ),
+        (['{"file_name": "0.png", "text": "\\ud800"}', "[1]"], "line 2 of .*metadata.jsonl is no JSON object"),
+        (["", " "], "metadata.jsonl is empty; it must have a line for each image"),
         (['{"name": "0.png", "text": "a"}'], "cannot read the dataset .*folder: `file_name`"),
         (['{"file_name": "7.png", "text": "a"}'], "cannot read the image in row 0 .*7.png.*No such file"),
         (['{"file_name": "0.png", "text": ""}'], "there is no caption in row 0 .*folder/0.png.; fill it in"),
@@ -269,6 +271,16 @@ def test_a_folder_without_images_is_refused(tmp_path, names, message):
         open_folder(tmp_path)
     with pytest.raises(InputError, match="holds no images; unpack them if they are in archives|has no rows"):
         open_dataset(None, None, str(tmp_path))
+
+
+def test_parquet_under_the_other_flag_is_explained(tmp_path):
+    write_binary(tmp_path)
+    with pytest.raises(
+        InputError, match=f"the dataset folder {tmp_path} holds no images; give --dataset_name {tmp_path}"
+    ):
+        open_dataset(None, None, str(tmp_path))
+    with pytest.raises(InputError, match=r"train.parquet is a file; give the folder that holds it"):
+        open_folder(tmp_path / "train.parquet")
 
 
 def test_archives_are_not_unpacked(folder, datasets_cache):
