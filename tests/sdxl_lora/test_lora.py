@@ -307,3 +307,11 @@ def test_ppdiffusers_gets_the_lora_of_text_encoders_merged_where_its_own_loader_
     expected = computed(model.unet, model.text_encoders)
     np.testing.assert_allclose(computed_by(pipeline), expected, rtol=0, atol=1e-5)
     assert np.abs(expected - computed_by(load_pipeline(tiny_pipeline))).max() > 0.1
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
+def test_weights_in_half_precision_are_written_as_what_they_are(tmp_path, dtype):
+    values = {"unet.a.to_q.lora.down.weight": [[0.5], [1.5]], "unet.a.to_q.lora.up.weight": [[-2.0, 0.25]]}
+    write_lora(tmp_path, {name: paddle.to_tensor(value, dtype) for name, value in values.items()})
+    found = read_lora(tmp_path)
+    assert {name: value.tolist() for name, value in found.items()} == values
