@@ -60,5 +60,8 @@ class WeightedPrediction(NoisePrediction):
         acp = self.schedule.alphas_cumprod
         if self.snr_gamma is None:
             return np.ones_like(acp)
-        snr = acp / (1.0 - acp)
-        return np.minimum(snr, self.snr_gamma) / (snr if self.prediction is Prediction.EPSILON else snr + 1.0)
+        # With a signal that ends at zero its inverse has no bound.
+        noise_ratio = np.divide(1.0 - acp, acp, out=np.full_like(acp, np.inf), where=acp > 0)
+        weights = np.minimum(1.0, self.snr_gamma * noise_ratio)
+        # Of the velocity, SNR / (SNR + 1) of it.
+        return weights if self.prediction is Prediction.EPSILON else weights * acp

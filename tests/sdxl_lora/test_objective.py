@@ -64,3 +64,14 @@ def test_the_noise_offset_is_one_number_a_channel():
         for k in range(400)
     ]
     assert np.std(many) == pytest.approx(np.sqrt(0.25 / 4 + 1 / 256), rel=0.15)
+
+
+@pytest.mark.parametrize(("prediction", "last"), [(Prediction.EPSILON, 1.0), (Prediction.VELOCITY, 0.0)])
+def test_a_signal_that_ends_at_zero_has_weights_too(prediction, last):
+    """As with `rescale_betas_zero_snr`: SNR / SNR tends to 1, and SNR / (SNR + 1) to 0."""
+    betas = SCHEDULE.betas.copy()
+    betas[-1] = 1.0
+    objective = WeightedPrediction(NoiseSchedule(betas), prediction, snr_gamma=5.0)
+    latents = paddle.zeros([1, *SHAPE])
+    losses = objective.losses(lambda x, t: paddle.zeros_like(x) + 2.0, latents, paddle.to_tensor([999]), latents)
+    np.testing.assert_allclose(losses["loss"].numpy(), [4.0 * last])
