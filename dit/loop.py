@@ -195,7 +195,7 @@ def run_steps(
     sampler = StreamBatchSampler(args.global_batch_size // world_size, first, steps, rank, world_size)
     loader = TrainingLoader(stream, sampler, args.num_workers)
     advice = f"checkpoints in {folder} are intact; {ADVICE}"
-    guard = StepGuard(model, stream, sampler, args.on_nonfinite, stop, say, advice)
+    guard = StepGuard(model, stream, sampler, args.on_nonfinite, stop, say, lambda: advice)
     meter = Meter(args.global_batch_size)
     profiler = StepProfiler(folder, first, steps, meter, log.line) if args.profile and log else None
     bar = tqdm(total=steps, initial=first, desc="train", unit="step", disable=rank > 0 or not sys.stderr.isatty())

@@ -69,7 +69,7 @@ class StepGuard:
         on_nonfinite: end the run at a step whose loss or gradient is not finite, or leave that step out.
         stop: asks for an end of the run.
         say: takes the lines that the log gets.
-        advice: what a message about a run that has diverged ends with.
+        advice: gives what a message about a run that has diverged ends with.
         agreement_steps: between two comparisons of the weights of all processes; None where none has them whole.
 
     Attributes:
@@ -86,7 +86,7 @@ class StepGuard:
         on_nonfinite: Literal["stop", "skip"],
         stop: StopRequest,
         say: Callable[[str], None],
-        advice: str,
+        advice: Callable[[], str],
         agreement_steps: int | None = AGREEMENT_STEPS,
     ):
         self._model, self._stream = model, stream
@@ -137,7 +137,9 @@ class StepGuard:
         """
         distributed.check_agreement(self._model, f"at step {step}")
         if not all(bool(paddle.isfinite(p).all()) for p in self._model.parameters()):
-            raise InputError(f"a weight is not finite at step {step}; training stops and saves nothing, {self._advice}")
+            raise InputError(
+                f"a weight is not finite at step {step}; training stops and saves nothing, {self._advice()}"
+            )
 
     def _report(self, squared_norm: paddle.Tensor | None) -> tuple[float, bool, float | None]:
         """The mean loss of the step, whether any process has been asked to stop, and the norm of the gradient."""
@@ -166,10 +168,11 @@ class StepGuard:
             found.append(f"first in the gradient of {parameter}")
         text = f"{what} is not finite at step {step} ({'; '.join(found)})"
         if not self._skips:
-            raise InputError(f"{text}; training stops and saves nothing, {self._advice}, or --on_nonfinite skip")
+            raise InputError(f"{text}; training stops and saves nothing, {self._advice()}, or --on_nonfinite skip")
         if self._skips_in_a_row >= SKIPS_IN_A_ROW:
             raise InputError(
-                f"{text}, as in the {SKIPS_IN_A_ROW} steps before it; training stops and saves nothing, {self._advice}"
+                f"{text}, as in the {SKIPS_IN_A_ROW} steps before it; training stops and saves nothing, "
+                f"{self._advice()}"
             )
         self._say(f"step {step} is left out: {text}")
 

@@ -41,9 +41,6 @@ from .weights import write_paddle
 # Bytes of what PaddleNLP keeps of a run: all it has logged.
 _MAX_STATE = 1 << 30
 
-# What a message about a run that has diverged ends with.
-ADVICE = "try a lower --learning_rate or --max_grad_norm 1"
-
 
 class LatentDiffusionTrainer(Trainer):
     """Trains a backbone on feature files.
@@ -83,13 +80,17 @@ class LatentDiffusionTrainer(Trainer):
             self.args.on_nonfinite,
             self._stop,
             self._say,
-            f"checkpoints in {self.args.output_dir} are intact; {ADVICE}",
+            lambda: f"checkpoints in {self.args.output_dir} are intact; {self.advice()}",
             # No process has whole weights between the steps of stage3.
             None if ShardingOption.FULL_SHARD in args.sharding else AGREEMENT_STEPS,
         )
         self._step = StepCallback(self._guard, self._meter, self.ema)
         self.add_callback(self._step)
         self.add_callback(ProgressCallback())
+
+    def advice(self) -> str:
+        """What a message about a run that has diverged ends with."""
+        return "try a lower --learning_rate or --max_grad_norm 1"
 
     def log_images(self, draw: Callable[[paddle.nn.Layer], dict[str, np.ndarray]], every: int) -> None:
         """Sends what `draw` returns for the averaged weights to VisualDL, at every so many steps and at the end.
@@ -218,7 +219,7 @@ class LatentDiffusionTrainer(Trainer):
         print(
             f"{millions} M parameters, {len(self.store)} images, {args.max_steps} steps of "
             f"{args.per_device_train_batch_size} x {args.gradient_accumulation_steps} x {args.dataset_world_size} "
-            f"samples on {args.device}, {start}; logs in {args.logging_dir}",
+            f"samples on {args.device}, {start}" + (f"; logs in {args.logging_dir}" if args.report_to else ""),
             flush=True,
         )
 

@@ -315,6 +315,9 @@ class SuiteTrainingArguments(TrainingArguments):
             )
 
     def _check_schedule(self) -> None:
+        names = [schedule.value for schedule in SchedulerType]
+        if self.lr_scheduler_type not in names:
+            raise InputError(f"{self._flag('lr_scheduler_type')} must be one of {', '.join(names)}")
         schedule = SchedulerType(self.lr_scheduler_type)
         for name, schedules in _SCHEDULES_WITH.items():
             if self._is_given(name) and schedule not in schedules:

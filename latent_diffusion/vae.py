@@ -80,8 +80,7 @@ def load_fitting_vae(name_or_path: str, channels: int):
         InputError: see `load_vae`, or the latents of the VAE are others.
     """
     vae = load_vae(name_or_path)
-    check_channels(vae, name_or_path, channels)
-    check_downsampling(vae, name_or_path, VAE_DOWNSAMPLING)
+    check_fits(vae, name_or_path, channels)
     return vae
 
 
@@ -104,6 +103,12 @@ def load_vae_for_images(name_or_path: str, latent_shape: tuple[int, int, int]):
         print(f"warning: no images will be logged: {error}", file=sys.stderr)
         return None
     return vae
+
+
+def check_fits(vae, name: str, channels: int) -> None:
+    """Raises `InputError` unless the VAE called `name` makes such latents as `load_fitting_vae` says."""
+    check_channels(vae, name, channels)
+    check_downsampling(vae, name, VAE_DOWNSAMPLING)
 
 
 def check_channels(vae, name: str, channels: int) -> None:

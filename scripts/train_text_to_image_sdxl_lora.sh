@@ -17,12 +17,12 @@ shift
 previous=
 for flag; do
     case $previous$flag in
-    --output_dir=*) output_dir=${flag#*=} ;;
-    "--output_dir "*) output_dir=$flag ;;
-    --train_data_dir*) dataset_name= ;;
+    --output_dir=* | --output-dir=*) output_dir=${flag#*=} ;;
+    "output folder "*) output_dir=$flag ;;
+    --train_data_dir* | --train-data-dir*) dataset_name= ;;
     esac
     previous=
-    [ "$flag" = --output_dir ] && previous="--output_dir "
+    case $flag in --output_dir | --output-dir) previous="output folder " ;; esac
 done
 
 gpus=$("$PYTHON" -W ignore -c 'import paddle; print(paddle.device.cuda.device_count())')
@@ -47,7 +47,6 @@ set -- \
     --checkpointing_steps 500 \
     --learning_rate 1e-4 \
     --lr_scheduler constant \
-    --mixed_precision no \
     --seed 42 \
     --output_dir "$output_dir" \
     "$@"

@@ -37,11 +37,14 @@ from latent_diffusion.row_files import allocate, write_rows
 from latent_diffusion.vae import encode_moments
 
 from .dataset import CaptionedImages
-from .features import CAPTIONS, IMAGES, TIME_IDS, PromptContents, choose_position, read_resized
-from .micro_conditioning import crop, make_time_ids, mirror
+from .features import CAPTIONS, IMAGES, TIME_IDS_FILE, PromptContents, choose_position, read_resized
+from .micro_conditioning import TIME_IDS, crop, make_time_ids, mirror
 from .text_encoders import TextEncoders
 
 SETTINGS = "settings.json"
+
+# What to give where a VAE overflows.
+SAFE_VAE = "--vae_name madebyollin/sdxl-vae-fp16-fix or --mixed_precision bf16"
 
 # Of the checksum in the name of a folder.
 DIGITS = 12
@@ -93,12 +96,18 @@ def cache_features(
         "tokens": text_encoders and _tokens_checksum(images, text_encoders),
         "dtype": dtype,
     }
-    cache = folder / hashlib.sha256(json.dumps(settings).encode()).hexdigest()[:DIGITS]
+    name = hashlib.sha256(json.dumps(settings).encode()).hexdigest()[:DIGITS]
     rank, _ = distributed.start()
+    if len(set(distributed.gather(name))) > 1:
+        raise InputError(
+            "not all processes have the same images and models, or their copies have other times of change; give all "
+            "processes the same folders"
+        )
+    cache = folder / name
     if rank == 0:
         with preparing_folder(cache):
             claim_manifest(cache / SETTINGS, settings)
-            _allocate_time_ids(cache / TIME_IDS, len(images))
+            _allocate_time_ids(cache / TIME_IDS_FILE, len(images))
     _cache_images(cache, crops, vae, settings, batch_size)
     if text_encoders is not None:
         _cache_captions(cache / CAPTIONS, images, text_encoders, settings, batch_size)
@@ -110,7 +119,7 @@ def cache_features(
 def _allocate_time_ids(path: Path, count: int) -> None:
     if not path.exists():
         temporary = path.with_suffix(".tmp")
-        allocate(temporary, (count, 6), "float32")
+        allocate(temporary, (count, TIME_IDS), "float32")
         temporary.rename(path)
 
 
@@ -150,7 +159,7 @@ class CropSource(Source):
         original, image = read_resized(self.images, index, self.resolution)
         rng = np.random.default_rng([self.seed, index])
         position = choose_position(image, self.resolution, self.center_crop, rng)
-        views = [image, mirror(image)][: self.views]
+        views = [image, mirror(image)] if self.views == 2 else [image]
         return {
             "views": np.stack([crop(view, position, self.resolution) for view in views]),
             "time_ids": make_time_ids(original, position, self.resolution),
@@ -177,10 +186,10 @@ def _cache_images(cache: Path, crops: CropSource, vae, settings: dict[str, Any],
             if not _is_storable(record, contents.dtype):
                 raise InputError(
                     f"the VAE gives values that are not finite for the image {crops.images.name(number)}; in float16 "
-                    "SDXL's own VAE overflows: give --vae_name madebyollin/sdxl-vae-fp16-fix or --mixed_precision bf16"
+                    f"SDXL's own VAE overflows: give {SAFE_VAE}"
                 )
         # On the disk before the record, whose label then says that both are there.
-        write_rows(cache / TIME_IDS, zip(numbers, members["time_ids"], strict=True), durable=True)
+        write_rows(cache / TIME_IDS_FILE, zip(numbers, members["time_ids"], strict=True), durable=True)
         return moments
 
     write_packed(cache / IMAGES, contents, Work(crops, encode, range(len(crops.images)), batch_size))

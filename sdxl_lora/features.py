@@ -23,10 +23,18 @@ from latent_diffusion.records import TextContents, is_count
 from latent_diffusion.vae import sample_moments
 
 from .dataset import CaptionedImages
-from .micro_conditioning import center_position, crop, make_time_ids, mirror, random_position, resize_shorter_side
+from .micro_conditioning import (
+    TIME_IDS,
+    center_position,
+    crop,
+    make_time_ids,
+    mirror,
+    random_position,
+    resize_shorter_side,
+)
 
 # In the folder of a cache.
-IMAGES, CAPTIONS, TIME_IDS = "images", "captions", "time_ids.npy"
+IMAGES, CAPTIONS, TIME_IDS_FILE = "images", "captions", "time_ids.npy"
 
 
 class Captions(ABC):
@@ -119,7 +127,7 @@ class CachedFeatures(FeatureStore):
     def __init__(self, folder: Path, captions: Captions | None = None):
         self.images = PackedReader(folder / IMAGES)
         self.latent_shape = self.images.contents.latent_shape
-        self.time_ids = read_floats(folder / TIME_IDS, (len(self), 6))
+        self.time_ids = read_floats(folder / TIME_IDS_FILE, (len(self), TIME_IDS))
         self.captions = captions or EncodedCaptions(folder / CAPTIONS, self.images)
 
     def __len__(self) -> int:

@@ -8,11 +8,11 @@ from typing import Any
 import numpy as np
 import paddle
 
+from latent_diffusion.checkpoint import rng_state, set_rng_state
 from latent_diffusion.configuration import VAE_DOWNSAMPLING
-from latent_diffusion.sampling import draw_noise, evaluating
+from latent_diffusion.sampling import draw_noise
 from latent_diffusion.vae import decode_latents
 
-from .modeling import SDXLLoRA
 from .text_encoders import TextEncoders
 
 # Images are drawn together up to so many, and up to so many pixels: beside a run that trains memory is scarce.
@@ -77,12 +77,12 @@ class ImageSampler:
         return condition, condition.zeros() if self.zeros_for_empty else Condition.of([""], encoders)
 
     def draw(
-        self, model: SDXLLoRA, condition: Condition, empty: Condition, generators: Sequence[np.random.Generator]
+        self, unet: Any, condition: Condition, empty: Condition, generators: Sequence[np.random.Generator]
     ) -> np.ndarray:
         """One image for each encoded prompt: uint8 [B, H, W, 3].
 
         Args:
-            model: the network.
+            unet: the network, in eval mode.
             condition: of B prompts.
             empty: of one, see `encode`.
             generators: of the noise, one a prompt.
@@ -92,9 +92,8 @@ class ImageSampler:
         """
         size = min(max(MOST_PIXELS // self.resolution**2, 1), MOST_IMAGES)
         parts = (slice(start, start + size) for start in range(0, len(condition), size))
-        pipeline = self._pipeline(model.unet)
-        with evaluating(model):
-            drawn = [self._draw_batch(pipeline, condition[rows], empty, generators[rows]) for rows in parts]
+        pipeline = self._pipeline(unet)
+        drawn = [self._draw_batch(pipeline, condition[rows], empty, generators[rows]) for rows in parts]
         return np.concatenate(drawn)
 
     @paddle.no_grad()
@@ -136,10 +135,10 @@ class ImageSampler:
 
 @contextlib.contextmanager
 def _seeded(generator: np.random.Generator) -> Iterator[None]:
-    """Paddle's generators, from which some schedulers draw, seeded for a while; afterwards they are as before."""
-    state = paddle.get_rng_state()
+    """Paddle's generators, from which some schedulers draw, seeded for a while; afterwards all are as before."""
+    state = rng_state()
     paddle.seed(int(generator.integers(2**31)))
     try:
         yield
     finally:
-        paddle.set_rng_state(state)
+        set_rng_state(state)

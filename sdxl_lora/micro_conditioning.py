@@ -7,16 +7,10 @@ torchvision's transforms; only where a random number comes from differs.
 import numpy as np
 from PIL import Image, ImageOps
 
-from latent_diffusion.errors import InputError
 from latent_diffusion.images import MAX_PIXELS
 
-
-def check_resolution(resolution: int, vae_downsampling: int) -> None:
-    """Raises `InputError` unless a VAE that downsamples by this can bring images of `resolution` pixels to latents."""
-    if resolution < 1 or resolution % vae_downsampling:
-        raise InputError(
-            f"--resolution {resolution} is no positive multiple of {vae_downsampling}, by which the VAE downsamples"
-        )
+# Original height and width, top and left of the crop, target height and width.
+TIME_IDS = 6
 
 
 def resize_shorter_side(image: Image.Image, resolution: int) -> Image.Image:
@@ -43,7 +37,7 @@ def mirror(image: Image.Image) -> Image.Image:
 
 def center_position(image: Image.Image, resolution: int) -> tuple[int, int]:
     """Top and left of the square of `resolution` pixels in the middle of an image."""
-    top, left = (max(0, round((side - resolution) / 2.0)) for side in (image.height, image.width))
+    top, left = (round((side - resolution) / 2.0) for side in (image.height, image.width))
     return top, left
 
 

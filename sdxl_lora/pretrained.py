@@ -1,5 +1,6 @@
 """Parts of a Stable Diffusion XL pipeline, of ppdiffusers' or diffusers' (PyTorch) layout: UNet and noise schedule."""
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +16,13 @@ from latent_diffusion.pretrained import COMPONENT_CONFIG, PADDLE_FILES, PIPELINE
 from latent_diffusion.schedules import NoiseSchedule
 from latent_diffusion.weights import read_weights, transpose_linear
 
-# Names of these in errors, and their folders in a pipeline's.
+from .lora import UNET
+from .micro_conditioning import TIME_IDS
+from .objective import Prediction
+
+# Names of parts in errors, or of their folders in a pipeline's, or both.
 _UNET, _SCHEDULER = "UNet", "scheduler"
-UNET_FOLDER, SCHEDULER_FOLDER = "unet", "scheduler"
+VAE = "vae"
 _SCHEDULER_CONFIG = "scheduler_config.json"
 
 _FILES = PADDLE_FILES + TORCH_FILES
@@ -25,11 +30,22 @@ _FILES = PADDLE_FILES + TORCH_FILES
 # By this key of a UNet's configuration Stable Diffusion XL is told from other ones: it takes pooled text and sizes.
 _CONDITION_KEY, _CONDITION = "addition_embed_type", "text_time"
 
-# Original height and width, top and left of the crop, target height and width.
-TIME_IDS = 6
-
-_PREDICTION_TYPES = ("epsilon", "v_prediction")
 _MAX_TIMESTEPS = 100_000
+
+
+def part_of(pipeline: str, part: str) -> str:
+    """The folder of a part of a pipeline, or its name on the hub.
+
+    Raises:
+        InputError: the pipeline is a folder and has no such part.
+    """
+    folder = Path(pipeline)
+    if folder.is_dir() and not (folder / part).is_dir():
+        raise InputError(
+            f"{pipeline} holds no folder {part}: it is no pipeline of Stable Diffusion XL, which has a UNet, a VAE, a "
+            "scheduler, and two text encoders with a tokenizer each; give one that is"
+        )
+    return f"{pipeline.rstrip('/')}/{part}"
 
 
 def load_unet(name_or_path: str, dtype: str = "float32"):
@@ -48,14 +64,8 @@ def load_unet(name_or_path: str, dtype: str = "float32"):
         InputError: there is no such folder, its files are bad, it is no UNet of that kind, or the hub cannot be
             reached.
     """
-    folder = local_folder(f"{name_or_path.rstrip('/')}/{UNET_FOLDER}", (COMPONENT_CONFIG, _FILES), _UNET)
-    source = existing_file(folder, (COMPONENT_CONFIG,), _UNET)
-    file = existing_file(folder, _FILES, _UNET)
-    config = read_json(source)
-    if (found := config.get(_CONDITION_KEY)) != _CONDITION:
-        raise InputError(
-            f"{source} describes no UNet of Stable Diffusion XL: its {_CONDITION_KEY} is {found!r}, not {_CONDITION!r}"
-        )
+    config, source = _unet_config(name_or_path)
+    file = existing_file(source.parent, _FILES, _UNET)
     weights = read_weights(file)
     unet = _build_unet(config, source, weights, dtype)
     if file.name in TORCH_FILES:
@@ -63,6 +73,27 @@ def load_unet(name_or_path: str, dtype: str = "float32"):
     set_weights(unet, weights, file)
     freeze(unet)
     return unet
+
+
+def read_unet_config(name_or_path: str) -> dict[str, Any]:
+    """The configuration of the UNet of a Stable Diffusion XL pipeline, whose weights may not even fit into memory.
+
+    Raises:
+        InputError: as `load_unet` does.
+    """
+    return _unet_config(name_or_path)[0]
+
+
+def _unet_config(name_or_path: str) -> tuple[dict[str, Any], Path]:
+    """Its content and the file; with the weights beside it."""
+    folder = local_folder(part_of(name_or_path, UNET), (COMPONENT_CONFIG, _FILES), _UNET)
+    source = existing_file(folder, (COMPONENT_CONFIG,), _UNET)
+    config = read_json(source)
+    if (found := config.get(_CONDITION_KEY)) != _CONDITION:
+        raise InputError(
+            f"{source} describes no UNet of Stable Diffusion XL: its {_CONDITION_KEY} is {found!r}, not {_CONDITION!r}"
+        )
+    return config, source
 
 
 def _build_unet(config: dict, source: Path, weights: dict[str, np.ndarray], dtype: str):
@@ -106,30 +137,36 @@ def freeze(network: nn.Layer) -> None:
             layer.__class__ = LayerNorm
 
 
-def check_conditions(unet: Any, width: int, pooled_width: int) -> None:
-    """Raises `InputError` unless a UNet takes contexts of that width, pooled texts of the other, and six sizes."""
-    config = unet.config
-    if config.cross_attention_dim != width:
+def check_conditions(config: Mapping[str, Any], width: int, pooled_width: int) -> None:
+    """Raises `InputError` unless a UNet takes contexts of that width, pooled texts of the other, and six sizes.
+
+    Args:
+        config: of the UNet.
+        width: of contexts.
+        pooled_width: of pooled texts.
+    """
+    if (found := config.get("cross_attention_dim")) != width:
         raise InputError(
-            f"the text encoders give contexts of width {width}, the UNet takes {config.cross_attention_dim}; give the "
-            "parts of one pipeline"
+            f"the text encoders give contexts of width {width}, the UNet takes {found}; give the parts of one pipeline"
         )
-    expected = TIME_IDS * config.addition_time_embed_dim + pooled_width
-    if config.projection_class_embeddings_input_dim != expected:
+    taken, size_width = config.get("projection_class_embeddings_input_dim"), config.get("addition_time_embed_dim")
+    expected = TIME_IDS * size_width + pooled_width if isinstance(size_width, int) else None
+    if taken is None or taken != expected:
         raise InputError(
-            f"the UNet takes {config.projection_class_embeddings_input_dim} values of sizes and pooled text, which are "
-            f"{expected} in this pipeline; give a base model of Stable Diffusion XL, no refiner"
+            f"the UNet takes {taken} values of sizes and pooled text, which are {expected} in this pipeline; give a "
+            "base model of Stable Diffusion XL, no refiner"
         )
 
 
-def load_noise_schedule(name_or_path: str) -> tuple[NoiseSchedule, str]:
+def load_noise_schedule(name_or_path: str, prediction_type: str | None = None) -> tuple[NoiseSchedule, Prediction]:
     """The noise that a pipeline was trained with, whatever scheduler it draws with.
 
     Args:
         name_or_path: a pipeline folder or its name on the hub.
+        prediction_type: what the network predicts, whatever the scheduler says.
 
     Returns:
-        The schedule, and what the network predicts: "epsilon" or "v_prediction".
+        The schedule, and what the network predicts.
 
     Raises:
         InputError: there is no such folder, its file is bad, it predicts something else, or the hub cannot be reached.
@@ -138,14 +175,13 @@ def load_noise_schedule(name_or_path: str) -> tuple[NoiseSchedule, str]:
 
     source = _scheduler_config(name_or_path)
     scheduler = _build_scheduler(DDPMScheduler, read_json(source), source)
-    if (prediction_type := scheduler.config.prediction_type) not in _PREDICTION_TYPES:
-        raise InputError(
-            f"{source} has prediction_type {prediction_type!r}; known are {' and '.join(_PREDICTION_TYPES)}"
-        )
+    prediction_type, known = prediction_type or scheduler.config.prediction_type, [kind.value for kind in Prediction]
+    if prediction_type not in known:
+        raise InputError(f"{source} has prediction_type {prediction_type!r}; known are {' and '.join(known)}")
     betas = scheduler.betas.numpy()
     if not ((betas > 0) & (betas <= 1)).all():
         raise InputError(f"{source} gives noise of variance {betas.min()} to {betas.max()}, which must be from 0 to 1")
-    return NoiseSchedule(betas), prediction_type
+    return NoiseSchedule(betas), Prediction(prediction_type)
 
 
 def load_scheduler(name_or_path: str):
@@ -179,7 +215,7 @@ def zeros_for_empty_prompt(name_or_path: str) -> bool:
 
 
 def _scheduler_config(name_or_path: str) -> Path:
-    folder = local_folder(f"{name_or_path.rstrip('/')}/{SCHEDULER_FOLDER}", (_SCHEDULER_CONFIG,), _SCHEDULER)
+    folder = local_folder(part_of(name_or_path, _SCHEDULER), (_SCHEDULER_CONFIG,), _SCHEDULER)
     return existing_file(folder, (_SCHEDULER_CONFIG,), _SCHEDULER)
 
 

@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,10 +11,10 @@ from latent_diffusion.errors import InputError
 from latent_diffusion.features import stack
 from latent_diffusion.text_encoder import check_vocabulary, load_text_encoder, load_tokenizer
 
-from .pretrained import freeze
+from .lora import TEXT_ENCODERS
+from .pretrained import freeze, part_of
 
 # Folders in a pipeline's.
-ENCODERS = ("text_encoder", "text_encoder_2")
 TOKENIZERS = ("tokenizer", "tokenizer_2")
 
 
@@ -43,15 +42,20 @@ class TextEncoders:
             InputError: there is no such folder, it is of another kind of pipeline, its files are bad or do not fit each
                 other, or the hub cannot be reached.
         """
-        name = name_or_path.rstrip("/")
-        _check_parts(Path(name))
-        models = tuple(load_text_encoder(f"{name}/{part}", i == 1) for i, part in enumerate(ENCODERS))
+        encoder_names, tokenizer_names = (
+            [part_of(name_or_path, part) for part in parts] for parts in (TEXT_ENCODERS, TOKENIZERS)
+        )
+        models = tuple(load_text_encoder(name, projected=i == 1) for i, name in enumerate(encoder_names))
         lengths = [model.config.max_position_embeddings for model in models]
         if lengths[0] != lengths[1]:
-            raise InputError(f"the text encoders of {name} take {lengths[0]} and {lengths[1]} tokens, not the same")
-        tokenizers = tuple(load_tokenizer(f"{name}/{part}", lengths[0]) for part in TOKENIZERS)
-        for model, encoder, tokenizer, part in zip(models, ENCODERS, tokenizers, TOKENIZERS, strict=True):
-            check_vocabulary(tokenizer, f"{name}/{part}", model.config.vocab_size, f"{name}/{encoder}")
+            raise InputError(
+                f"the text encoders of {name_or_path} take {lengths[0]} and {lengths[1]} tokens, not the same"
+            )
+        tokenizers = tuple(load_tokenizer(name, lengths[0]) for name in tokenizer_names)
+        for model, name, tokenizer, tokenizer_name in zip(
+            models, encoder_names, tokenizers, tokenizer_names, strict=True
+        ):
+            check_vocabulary(tokenizer, tokenizer_name, model.config.vocab_size, name)
             model.to(dtype=dtype)
             freeze(model)
         return cls(models, tokenizers)
@@ -106,12 +110,3 @@ class TextEncoders:
             for model, ids in zip(self.models, (tokens, tokens_2), strict=True)
         )
         return paddle.concat([first.hidden_states[-2], second.hidden_states[-2]], axis=-1), second.text_embeds
-
-
-def _check_parts(folder: Path) -> None:
-    for part in (*ENCODERS, *TOKENIZERS):
-        if folder.is_dir() and not (folder / part).is_dir():
-            raise InputError(
-                f"{folder} holds no folder {part}: it is no pipeline of Stable Diffusion XL, which has two text "
-                "encoders with a tokenizer each; give one that is"
-            )

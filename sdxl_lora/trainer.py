@@ -12,7 +12,6 @@ import paddle
 from paddlenlp.trainer import TrainerCallback
 
 from latent_diffusion.checkpoint import check_config
-from latent_diffusion.configuration import VAE_DOWNSAMPLING
 from latent_diffusion.errors import InputError
 from latent_diffusion.evaluation.training import SampleMaker
 from latent_diffusion.features import FeatureStore
@@ -22,18 +21,26 @@ from latent_diffusion.progress import write_line
 from latent_diffusion.sampling import sample_generators
 from latent_diffusion.trainer import LatentDiffusionTrainer, run_training
 from latent_diffusion.training_arguments import settle_steps
-from latent_diffusion.vae import check_channels, check_downsampling, encode_latents, load_vae, vae_settings
+from latent_diffusion.vae import check_fits, encode_latents, load_vae, vae_settings
 
 from .configuration import LoRAConfig
 from .dataset import CaptionedImages, open_dataset
-from .extraction import cache_features
+from .extraction import SAFE_VAE, cache_features
 from .features import CachedFeatures, OnlineFeatures, TokenizedCaptions
 from .image_sampling import ImageSampler
 from .lora import read_lora, write_lora
-from .micro_conditioning import check_resolution
 from .modeling import SDXLLoRA
-from .objective import Prediction, WeightedPrediction
-from .pretrained import check_conditions, load_noise_schedule, load_scheduler, load_unet, zeros_for_empty_prompt
+from .objective import WeightedPrediction
+from .pretrained import (
+    VAE,
+    check_conditions,
+    load_noise_schedule,
+    load_scheduler,
+    load_unet,
+    part_of,
+    read_unet_config,
+    zeros_for_empty_prompt,
+)
 from .text_encoders import TextEncoders
 from .training_arguments import LoRAArguments, LoRATrainingArguments
 
@@ -71,6 +78,8 @@ class LoRATrainer(LatentDiffusionTrainer):
     def __init__(self, *arguments, encoders: Encoders):
         super().__init__(*arguments)
         self.encoders = encoders
+        # Asked for when something is wrong only: a GPU would have to be waited for.
+        self._latents_are_finite = paddle.to_tensor(True)
         self._final_loss = FinalLossCallback()
         self.add_callback(self._final_loss)
 
@@ -85,12 +94,13 @@ class LoRATrainer(LatentDiffusionTrainer):
         # PaddleNLP's mixed precision is around all of this: SDXL's own VAE would overflow in it.
         with paddle.amp.auto_cast(enable=False):
             latents = encode_latents(self.encoders.vae, inputs["images"], inputs["posterior_noise"])
-        if not paddle.isfinite(latents).all():
-            raise InputError(
-                "the VAE gives latents that are not finite; in float16 SDXL's own VAE overflows: give "
-                "--vae_name madebyollin/sdxl-vae-fp16-fix or --mixed_precision bf16"
-            )
+        self._latents_are_finite = self._latents_are_finite.logical_and(paddle.isfinite(latents).all())
         return latents
+
+    def advice(self) -> str:
+        if self._latents_are_finite:
+            return super().advice()
+        return f"the VAE gives latents that are not finite, as SDXL's own does in float16: give {SAFE_VAE}"
 
     def denoiser(self, model, inputs: dict[str, paddle.Tensor]) -> Denoiser:
         condition = {name: inputs[name] for name in ("contexts", "pooled", "tokens", "tokens_2") if name in inputs}
@@ -103,21 +113,22 @@ class LoRATrainer(LatentDiffusionTrainer):
     def train(self, resume_from_checkpoint: str | Path | None = None, *args, **kwargs):
         result = super().train(resume_from_checkpoint, *args, **kwargs)
         if self.is_world_process_zero():
-            folder = Path(self.args.output_dir)
+            folder, written = Path(self.args.output_dir), f"LoRA weights of step {self._saved_step} are in"
             if result is None:  # nothing was left to train; a killed run may not have come to this
                 write_lora(folder, read_lora(resume_from_checkpoint))
+                write_line(f"{written} {folder}")
             else:
                 self.model.export_weights(folder, (self.ema or self.model).state_dict())
-            write_line(f"LoRA weights of step {self._saved_step} are in {folder}")
-            if result is not None:
+                write_line(f"{written} {folder}")
                 write_line(self._summary())
         return result
 
     def _summary(self) -> str:
-        loss, steps = self._final_loss.mean()
+        mean, steps = self._final_loss.mean()
+        loss = f"{mean:.4f} (mean of the last {steps} step{'s' * (steps > 1)})" if steps else "not measured"
         rate = self._meter.steady_rate()
         fps = "not measured: too few steps" if rate is None else f"{rate:.2f} images per second, steady state"
-        return f"final loss {loss:.4f} (mean of the last {steps} step{'s' * (steps > 1)}), FPS {fps}"
+        return f"final loss {loss}, FPS {fps}"
 
 
 class FinalLossCallback(TrainerCallback):
@@ -136,11 +147,13 @@ class FinalLossCallback(TrainerCallback):
             control.should_log = True
 
     def on_log(self, args, state, control, logs=None, **kwargs):
-        if "loss" in logs:
+        if "learning_rate" not in logs:  # not of steps
+            return
+        if "loss" in logs:  # not all of them were left out
             self._logged.append((state.global_step - self._step, logs["loss"]))
-            self._step = state.global_step
-            while sum(steps for steps, _ in self._logged[1:]) >= LOSS_STEPS:
-                del self._logged[0]
+        self._step = state.global_step
+        while sum(steps for steps, _ in self._logged[1:]) >= LOSS_STEPS:
+            del self._logged[0]
 
     def mean(self) -> tuple[float, int]:
         """The mean loss over the last steps, and how many: `LOSS_STEPS` or a few more where there were so many."""
@@ -155,6 +168,8 @@ def train(lora_args: LoRAArguments, args: LoRATrainingArguments) -> None:
         InputError: whatever is wrong with flags, images or the base model, before training starts.
     """
     base = lora_args.pretrained_model_name_or_path
+    if lora_args.validation_prompts and "visualdl" not in args.report_to:
+        raise InputError("--validation_prompts has no effect without --report_to visualdl; leave it out")
     images = open_dataset(
         lora_args.dataset_name,
         lora_args.dataset_config_name,
@@ -166,18 +181,16 @@ def train(lora_args: LoRAArguments, args: LoRATrainingArguments) -> None:
     )
     # No other name for the text encoders: they would not be freed below.
     encoders = Encoders(text=TextEncoders.load(base, args.weights_dtype), vae=_load_vae(lora_args, args.weights_dtype))
+    # Whatever can be wrong says so before images are encoded, which may take hours.
+    _check_parts(encoders, lora_args)
     settle_steps(args, len(images))
-    sampler = _image_sampler(encoders.vae, lora_args)
     lora_args.image_logging_steps = _image_logging_steps(lora_args, args, len(images))
     needs_text = not lora_args.cache_latents or lora_args.train_text_encoder or args.eval_steps is not None
 
     def build_model(resumed: Path | None) -> tuple[SDXLLoRA, list[str]]:
-        widths = encoders.text.context_shape[1], encoders.text.pooled_width
         if not needs_text:
             encoders.text = None  # the prompts that are drawn are encoded by now
         unet = load_unet(base, args.weights_dtype)
-        check_channels(encoders.vae, lora_args.vae_name_or_path or f"of {base}", unet.config.in_channels)
-        check_conditions(unet, *widths)
         model = SDXLLoRA(unet, lora_args.rank, encoders.text if lora_args.train_text_encoder else None)
         return model, [f"starting from {base}"] if resumed is None else []
 
@@ -186,8 +199,8 @@ def train(lora_args: LoRAArguments, args: LoRATrainingArguments) -> None:
         make_objective(lora_args),
         lambda resumed: _open_store(images, encoders, lora_args, args, resumed),
         build_model,
-        lambda: _image_drawer(sampler, encoders.text, lora_args, args.seed),
-        lambda: _sample_maker(sampler, encoders.text, images, lora_args),
+        lambda: _image_drawer(_image_sampler(encoders.vae, lora_args), encoders.text, lora_args, args.seed),
+        lambda: _sample_maker(_image_sampler(encoders.vae, lora_args), encoders.text, images, lora_args),
         lora_args,
         args,
     )
@@ -195,20 +208,27 @@ def train(lora_args: LoRAArguments, args: LoRATrainingArguments) -> None:
 
 def make_objective(lora_args: LoRAArguments) -> WeightedPrediction:
     """What the flags ask for, on the noise that the base model was trained with."""
-    schedule, prediction_type = load_noise_schedule(lora_args.pretrained_model_name_or_path)
-    prediction = Prediction(lora_args.prediction_type or prediction_type)
+    schedule, prediction = load_noise_schedule(lora_args.pretrained_model_name_or_path, lora_args.prediction_type)
     return WeightedPrediction(schedule, prediction, lora_args.snr_gamma, lora_args.noise_offset)
 
 
 def _load_vae(lora_args: LoRAArguments, dtype: str):
     """The VAE, in half precision only where its configuration says that it bears that."""
-    name = lora_args.vae_name_or_path or f"{lora_args.pretrained_model_name_or_path.rstrip('/')}/vae"
-    vae = load_vae(name)
-    check_downsampling(vae, name, VAE_DOWNSAMPLING)
-    check_resolution(lora_args.resolution, VAE_DOWNSAMPLING)
+    vae = load_vae(_vae_name(lora_args))
     if dtype != "float32" and not vae.config.get("force_upcast", True):
         vae.to(dtype=dtype)
     return vae
+
+
+def _vae_name(lora_args: LoRAArguments) -> str:
+    return lora_args.vae_name_or_path or part_of(lora_args.pretrained_model_name_or_path, VAE)
+
+
+def _check_parts(encoders: Encoders, lora_args: LoRAArguments) -> None:
+    """Raises `InputError` unless the UNet takes what the VAE and the text encoders give."""
+    config = read_unet_config(lora_args.pretrained_model_name_or_path)
+    check_fits(encoders.vae, _vae_name(lora_args), config.get("in_channels"))
+    check_conditions(config, encoders.text.context_shape[1], encoders.text.pooled_width)
 
 
 def _open_store(
@@ -250,11 +270,7 @@ def _open_store(
 
 def _image_logging_steps(lora_args: LoRAArguments, args: LoRATrainingArguments, images: int) -> int:
     """After how many steps the validation prompts are drawn, 0 for never."""
-    if lora_args.validation_prompts and "visualdl" not in args.report_to:
-        raise InputError("--validation_prompts has no effect without --report_to visualdl; leave it out")
     if lora_args.image_logging_steps is not None:
-        if lora_args.image_logging_steps and not lora_args.validation_prompts:
-            raise InputError("--image_logging_steps has no effect without --validation_prompts; leave it out")
         return lora_args.image_logging_steps
     if not lora_args.validation_prompts:
         return 0
@@ -281,7 +297,7 @@ def _image_drawer(sampler: ImageSampler, text: TextEncoders, lora_args: LoRAArgu
     def draw(model: SDXLLoRA) -> dict[str, np.ndarray]:
         condition, empty = frozen or sampler.encode(prompts, model.text_encoders)
         generators = sample_generators(seed, range(len(prompts) * columns))
-        images = sampler.draw(model, condition.repeated(columns), empty, generators)
+        images = sampler.draw(model.unet, condition.repeated(columns), empty, generators)
         captions = [prompt for prompt in prompts for _ in range(columns)]
         return {"validation": np.asarray(captioned_grid(images, captions, columns))}
 
@@ -297,11 +313,13 @@ def _sample_maker(
         generators = sample_generators(seed, indices)
         captions = [images.caption(i % len(images), rng) for i, rng in zip(indices, generators, strict=True)]
         condition, empty = sampler.encode(captions, model.text_encoders or text)
-        return sampler.draw(model, condition, empty, generators)
+        return sampler.draw(model.unet, condition, empty, generators)
 
     settings = {
         "sampling_steps": lora_args.num_inference_steps,
+        "scheduler": type(sampler.scheduler).__name__,
         "guidance_scale": lora_args.guidance_scale,
+        "zeros_for_empty_prompt": sampler.zeros_for_empty,
         "captions": images.fingerprint(),
         **vae_settings(sampler.vae),
     }

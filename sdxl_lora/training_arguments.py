@@ -2,18 +2,20 @@
 
 import sys
 from dataclasses import dataclass, field, fields
+from pathlib import Path
 from typing import ClassVar, Optional
 
 from paddlenlp.trainer.trainer_utils import SchedulerType
 
 from latent_diffusion.command_line import check_number
+from latent_diffusion.configuration import VAE_DOWNSAMPLING
 from latent_diffusion.errors import InputError
 from latent_diffusion.training_arguments import SuiteArguments, SuiteTrainingArguments
 
 from .objective import Prediction
 
-# More than a layer of SDXL is wide, and more pixels than a side has anywhere.
-MOST_RANK, MOST_RESOLUTION = 4097, 2**14
+# A layer of SDXL is less wide, and an image has fewer pixels on a side.
+MOST_RANK, MOST_RESOLUTION = 4096, 2**14
 
 # By flag the one without which it changes nothing.
 _NEEDED = {
@@ -99,14 +101,18 @@ class LoRAArguments(SuiteArguments):
         if (self.dataset_name is None) == (self.train_data_dir is None):
             raise InputError("give the images and captions with --dataset_name or with --train_data_dir, one of them")
         for name, least, too_large in (
-            ("resolution", 8, MOST_RESOLUTION),
-            ("rank", 1, MOST_RANK),
+            ("resolution", VAE_DOWNSAMPLING, MOST_RESOLUTION + 1),
+            ("rank", 1, MOST_RANK + 1),
             ("noise_offset", 0, 1e3),
             ("num_validation_images", 1, 1025),
             ("validation_epochs", 1, 1e9),
             ("guidance_scale", 0, 1e3),
         ):
             check_number(f"--{name}", getattr(self, name), least, too_large)
+        if self.resolution % VAE_DOWNSAMPLING:
+            raise InputError(
+                f"--resolution {self.resolution} is no multiple of {VAE_DOWNSAMPLING}, by which the VAE downsamples"
+            )
         if self.max_train_samples is not None:
             check_number("--max_train_samples", self.max_train_samples, 1)
         if self.snr_gamma is not None and not self.snr_gamma > 0:
@@ -121,6 +127,8 @@ class LoRAArguments(SuiteArguments):
                 raise InputError(f"--{name} has no effect without --{needed}; leave it out")
         if "validation_epochs" in given and self.image_logging_steps is not None:
             raise InputError("--validation_epochs has no effect with --image_logging_steps; leave one of them out")
+        if self.image_logging_steps and not self.validation_prompts:
+            raise InputError("--image_logging_steps has no effect without --validation_prompts; leave it out")
 
 
 @dataclass
@@ -160,7 +168,10 @@ class LoRATrainingArguments(SuiteTrainingArguments):
     )
     resume_from_checkpoint: Optional[str] = field(
         default=None,
-        metadata={"help": "a checkpoint folder; latest, or nothing, for the newest one of the output folder"},
+        metadata={
+            "help": "a checkpoint folder, or the name of one in the output folder; latest, or nothing, for the newest "
+            "there"
+        },
     )
 
     def __post_init__(self):
@@ -170,15 +181,27 @@ class LoRATrainingArguments(SuiteTrainingArguments):
                 raise InputError(f"--mixed_precision {self.mixed_precision} contradicts --fp16 or --bf16")
             self.fp16, self.bf16 = asked
         self._choose_warmup()
-        if self.resume_from_checkpoint == "latest":
-            if self.overwrite_output_dir:
-                raise InputError("--resume_from_checkpoint latest and --overwrite_output_dir exclude each other")
-            self.resume_from_checkpoint = None
+        self._find_checkpoint()
         super().__post_init__()
         self.weights_dtype = "float16" if self.fp16 else "bfloat16" if self.bf16 else "float32"
 
+    def _find_checkpoint(self) -> None:
+        """As diffusers' script does, which takes the newest one, or the name of one below the output folder."""
+        asked = self.resume_from_checkpoint
+        if asked == "latest":
+            if self.overwrite_output_dir:
+                raise InputError("--resume_from_checkpoint latest and --overwrite_output_dir exclude each other")
+            self.resume_from_checkpoint = None
+        elif asked is not None and not Path(asked).exists():
+            named = Path(self.output_dir, Path(asked).name)
+            if not named.is_dir():
+                raise InputError(
+                    f"--resume_from_checkpoint {asked} is no folder, and neither is {named}; give latest, or one"
+                )
+            self.resume_from_checkpoint = str(named)
+
     def _choose_warmup(self) -> None:
-        if SchedulerType(self.lr_scheduler_type) is SchedulerType.CONSTANT:
+        if self.lr_scheduler_type == SchedulerType.CONSTANT.value:
             # Published commands say 0 steps, of a schedule that has no warmup anyway.
             self.warmup_steps = self.warmup_steps or type(self).warmup_steps
         elif self.warmup_ratio and not self._is_given("warmup_steps"):

@@ -196,7 +196,8 @@ FOREIGN_FLAGS |= {"--logdir", "--language", "--disable-telemetry", "--upgrade", 
 FOREIGN_FLAGS |= {"--mixed_precision", "--help", "--no-tf32"}
 FOREIGN_FLAGS |= {"--gpus", "--config", "--nnet_path", "--uvit_config_file", "--tokenizer_name", "--dp_degree"}
 FOREIGN_FLAGS |= {"--save-stats", "--input1", "--input2", "--fid", "--kid", "--isc", "--prc"}
-FOREIGN_FLAGS |= {"--push_to_hub", "--use_8bit_adam", "--allow_tf32", "--scale_lr"}
+FOREIGN_FLAGS |= {"--push_to_hub", "--use_8bit_adam", "--allow_tf32", "--scale_lr", "--debug_loss", "--revision"}
+FOREIGN_FLAGS |= {"--image_interpolation_mode", "--cache_dir", "--variant"}
 
 # Files of other code bases that the READMEs name.
 FOREIGN_FILES = {"models.py", "train_txt2img_mscoco_uvit_trainer.py"}

@@ -106,7 +106,7 @@ print(np.abs(tuned - base).max(), np.abs(merged - tuned).max())
 BAD = {
     "--image_column picture": "picture",
     "--caption_column caption": "caption",
-    "--resolution 60": "--resolution 60 is no positive multiple of 8",
+    "--resolution 60": "--resolution 60 is no multiple of 8",
     "--pretrained_model_name_or_path models/sdxl-vae-fp16-fix": "fix holds no folder text_encoder",
     "--dataset_name nowhere": "nowhere",
     "--vae_name nowhere": "nowhere",
@@ -284,8 +284,11 @@ def test_the_script_for_eight_devices_starts_eight_processes(mirror, tmp_path):
     assert words[-2:] == ["--max_train_steps=200", "--dataset_name=other"]
     words = on_gpus.ok().out.splitlines()
     assert words[words.index("--gpus") + 1] == "0,1,2,3,4,5,6,7" and "--device" not in words
-    folder = Command([*eight.arguments[:1], "--train_data_dir", "images", "--output_dir", "there"], mirror, "bash")
-    folder.variables |= eight.variables | {"GPUS": "8"}
-    words = run(folder).ok().out.splitlines()
-    assert "--dataset_name" not in words and words[words.index("--log_dir") + 1] == "there/log"
+    for flags in (
+        ["--train_data_dir", "images", "--output_dir", "there"],
+        ["--train-data-dir=images", "--output-dir=there"],
+    ):
+        folder = Command([*eight.arguments[:1], *flags], mirror, "bash", eight.variables | {"GPUS": "8"})
+        words = run(folder).ok().out.splitlines()
+        assert "--dataset_name" not in words and words[words.index("--log_dir") + 1] == "there/log"
     assert on_few.code == 1 and "8 devices are asked for, and there are 4 GPUs" in on_few.err

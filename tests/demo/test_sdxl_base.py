@@ -5,6 +5,7 @@ import pytest
 from demo.autoencoder import build_autoencoder
 from demo.digits import IMAGE_SIZE
 from demo.sdxl_base import train_base
+from sdxl_lora.objective import Prediction
 from sdxl_lora.pretrained import load_noise_schedule, load_unet
 from sdxl_lora.text_encoders import TextEncoders
 
@@ -30,7 +31,7 @@ def test_the_unet_is_trained_and_nothing_else(bases):
 
 
 def test_the_scheduler_says_that_velocity_is_predicted(bases):
-    assert load_noise_schedule(str(bases[0]))[1] == "v_prediction"
+    assert load_noise_schedule(str(bases[0]))[1] is Prediction.VELOCITY
 
 
 def test_each_color_is_a_word_of_its_own(bases):

@@ -25,7 +25,7 @@ class Run:
         self.model, self.said, self.stop = paddle.nn.Linear(3, 2), [], SimpleNamespace(reason=None)
         sampler = StreamBatchSampler(2, 0, 10_000)
         self.guard = StepGuard(
-            self.model, Stream(), sampler, on_nonfinite, self.stop, self.said.append, "advice", **kwargs
+            self.model, Stream(), sampler, on_nonfinite, self.stop, self.said.append, lambda: "advice", **kwargs
         )
         self.micro_batches, self.number = micro_batches, 0
 

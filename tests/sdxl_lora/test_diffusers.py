@@ -10,6 +10,7 @@ from PIL import Image
 
 from sdxl_lora.lora import write_lora
 from sdxl_lora.micro_conditioning import make_time_ids
+from sdxl_lora.objective import Prediction
 from sdxl_lora.pretrained import load_noise_schedule
 from sdxl_lora.text_encoders import TextEncoders
 from tests.data.sdxl_lora.formula import batch
@@ -73,12 +74,12 @@ def test_training_the_text_encoders_too_agrees(make_lora_model, tensors, referen
 
 
 def test_noise_is_added_as_there(diffusers_pipeline, reference):
-    schedule, prediction_type = load_noise_schedule(str(diffusers_pipeline))
+    schedule, prediction = load_noise_schedule(str(diffusers_pipeline))
     values = batch()
     kept = schedule.alphas_cumprod[values["t"]][:, None, None, None]
     noisy = np.sqrt(kept) * values["latents"] + np.sqrt(1 - kept) * values["noise"]
     np.testing.assert_allclose(noisy, reference["noisy"], rtol=0, atol=1e-6)
-    assert prediction_type == "epsilon"
+    assert prediction is Prediction.EPSILON
 
 
 RUN_PEER = """

@@ -1,6 +1,7 @@
 """Pipelines with a LoRA merged in."""
 
 import json
+import re
 import shutil
 import sys
 from pathlib import Path
@@ -84,7 +85,7 @@ def test_a_pipeline_of_diffusers_is_merged_with_another_vae(
     diffusers_pipeline, tiny_pipeline, make_lora_model, tmp_path
 ):
     write_lora(tmp_path / "lora", make_lora_model().state_dict())
-    with pytest.raises(InputError, match=r"the VAE folder .*/vae does not exist"):
+    with pytest.raises(InputError, match=r"holds no folder vae: it is no pipeline"):
         merge_pipeline(str(diffusers_pipeline), tmp_path / "lora", tmp_path / "out")
     vae = str(tiny_pipeline / "vae")
     merge_pipeline(str(diffusers_pipeline), tmp_path / "lora" / TORCH_FILE, tmp_path / "out", vae)
@@ -130,3 +131,14 @@ def test_the_command_writes_what_its_flags_name(tiny_pipeline, lora, tmp_path, m
         merge_sdxl_lora.main()
         assert calls.pop() == ("base", lora, tmp_path, vae)
         assert f"wrote {tmp_path}" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("output", ["base", "lora", "."])
+def test_what_is_merged_is_not_replaced_by_it(tiny_pipeline, lora, tmp_path, monkeypatch, output):
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(tiny_pipeline, "base")
+    shutil.copytree(lora, "lora")
+    before = files(tmp_path)
+    with pytest.raises(InputError, match=f"^{re.escape(output)} would be replaced, and (base|lora) is in it; choose"):
+        merge_pipeline("base", Path("lora"), Path(output))
+    assert files(tmp_path) == before

@@ -4,10 +4,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from latent_diffusion.errors import InputError
 from sdxl_lora.micro_conditioning import (
     center_position,
-    check_resolution,
     crop,
     make_time_ids,
     mirror,
@@ -87,10 +85,3 @@ def test_a_crop_begins_at_top_and_left():
 def test_time_ids_are_the_size_as_read_the_crop_and_the_target():
     found = make_time_ids(image(100, 70), (3, 14), 64)
     np.testing.assert_array_equal(found, np.array([70, 100, 3, 14, 64, 64], np.float32), strict=True)
-
-
-@pytest.mark.parametrize("resolution", [0, -8, 60])
-def test_a_resolution_that_the_vae_cannot_halve_is_refused(resolution):
-    with pytest.raises(InputError, match=f"--resolution {resolution} is no positive multiple of 8, by which the VAE"):
-        check_resolution(resolution, 8)
-    check_resolution(64, 8)

@@ -10,6 +10,7 @@ import pytest
 
 from latent_diffusion.errors import InputError
 from latent_diffusion.weights import read_safetensors, write_paddle, write_safetensors, write_torch
+from sdxl_lora.objective import Prediction
 from sdxl_lora.pretrained import check_conditions, freeze, load_noise_schedule, load_scheduler, load_unet
 from tests.conftest import linear_weights
 from tests.data.sdxl_lora.formula import SCHEDULER, weight
@@ -115,17 +116,17 @@ def test_missing_parts_are_named(folder):
     with pytest.raises(InputError, match=r"the UNet folder .*/unet holds no model_state\.pdparams or "):
         load_unet(str(folder))
     shutil.rmtree(folder / "unet")
-    with pytest.raises(InputError, match=r"the UNet folder .*/pipeline/unet does not exist"):
+    with pytest.raises(InputError, match=r"/pipeline holds no folder unet: it is no pipeline"):
         load_unet(str(folder))
 
 
 def test_conditions_of_other_widths_are_refused(diffusers_pipeline):
     unet = load_unet(str(diffusers_pipeline))
-    check_conditions(unet, 64, 32)
+    check_conditions(unet.config, 64, 32)
     with pytest.raises(InputError, match="give contexts of width 96, the UNet takes 64"):
-        check_conditions(unet, 96, 32)
+        check_conditions(unet.config, 96, 32)
     with pytest.raises(InputError, match="takes 80 values of sizes and pooled text, which are 88 .* no refiner"):
-        check_conditions(unet, 64, 40)
+        check_conditions(unet.config, 64, 40)
 
 
 def test_frozen_layer_norms_pass_the_gradients_of_trained_ones():
@@ -145,15 +146,20 @@ def test_frozen_layer_norms_pass_the_gradients_of_trained_ones():
 
 
 def test_the_noise_of_training_is_read(diffusers_pipeline):
-    schedule, prediction_type = load_noise_schedule(str(diffusers_pipeline))
+    schedule, prediction = load_noise_schedule(str(diffusers_pipeline))
     betas = np.linspace(0.00085**0.5, 0.012**0.5, 1000) ** 2
     np.testing.assert_allclose(schedule.betas, betas, rtol=1e-6)
-    assert schedule.betas.dtype == np.float64 and prediction_type == "epsilon"
+    assert schedule.betas.dtype == np.float64 and prediction is Prediction.EPSILON
 
 
 def test_a_pipeline_that_predicts_velocity_says_so(folder):
     change_json(folder / "scheduler/scheduler_config.json", prediction_type="v_prediction")
-    assert load_noise_schedule(str(folder))[1] == "v_prediction"
+    assert load_noise_schedule(str(folder))[1] is Prediction.VELOCITY
+
+
+def test_the_prediction_that_is_asked_for_wins(folder):
+    change_json(folder / "scheduler/scheduler_config.json", prediction_type="sample")
+    assert load_noise_schedule(str(folder), "v_prediction")[1] is Prediction.VELOCITY
 
 
 @pytest.mark.parametrize(

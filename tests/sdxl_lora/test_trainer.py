@@ -1,4 +1,6 @@
 import gc
+import json
+import shutil
 import weakref
 from types import SimpleNamespace
 
@@ -46,7 +48,7 @@ def test_an_image_is_that_of_ppdiffusers_for_the_same_noise(tiny_pipeline, encod
     from ppdiffusers import StableDiffusionXLPipeline
 
     sampler = make_sampler(tiny_pipeline)
-    drawn = sampler.draw(model, *sampler.encode(PROMPTS, encoders), sample_generators(3, [0, 1]))
+    drawn = sampler.draw(model.unet, *sampler.encode(PROMPTS, encoders), sample_generators(3, [0, 1]))
     noise = [rng.standard_normal((4, 8, 8), dtype=np.float32) for rng in sample_generators(3, [0, 1])]
     pipeline = StableDiffusionXLPipeline.from_pretrained(str(tiny_pipeline))
     pipeline.set_progress_bar_config(disable=True)
@@ -66,8 +68,8 @@ def test_an_image_is_that_of_ppdiffusers_for_the_same_noise(tiny_pipeline, encod
 def test_an_image_depends_on_its_seed_and_number_alone(tiny_pipeline, encoders, model):
     sampler = make_sampler(tiny_pipeline)
     condition, empty = sampler.encode([PROMPTS[0]] * 5, encoders)
-    all_five = sampler.draw(model, condition, empty, sample_generators(0, range(5)))
-    alone = sampler.draw(model, condition[:1], empty, sample_generators(0, [4]))
+    all_five = sampler.draw(model.unet, condition, empty, sample_generators(0, range(5)))
+    alone = sampler.draw(model.unet, condition[:1], empty, sample_generators(0, [4]))
     assert np.abs(all_five[4].astype(int) - alone[0]).max() <= 1
     assert (all_five[3] != all_five[4]).any()
 
@@ -78,7 +80,7 @@ def test_drawing_leaves_generators_and_mode_as_they_were(tiny_pipeline, encoders
     expected = paddle.randn([4]).numpy()
     paddle.seed(7)
     model.train()
-    sampler.draw(model, *sampler.encode(PROMPTS[:1], encoders), sample_generators(0, [0]))
+    sampler.draw(model.unet, *sampler.encode(PROMPTS[:1], encoders), sample_generators(0, [0]))
     assert model.training
     np.testing.assert_array_equal(paddle.randn([4]).numpy(), expected)
 
@@ -86,7 +88,7 @@ def test_drawing_leaves_generators_and_mode_as_they_were(tiny_pipeline, encoders
 def test_guidance_leads_away_from_what_the_pipeline_says(tiny_pipeline, encoders, model):
     generators = [0]
     zeros, empty = (
-        sampler.draw(model, *sampler.encode(PROMPTS[:1], encoders), sample_generators(0, generators))
+        sampler.draw(model.unet, *sampler.encode(PROMPTS[:1], encoders), sample_generators(0, generators))
         for sampler in (make_sampler(tiny_pipeline, zeros_for_empty=flag) for flag in (True, False))
     )
     assert zeros_for_empty_prompt(str(tiny_pipeline)) and (zeros != empty).any()
@@ -96,12 +98,23 @@ def test_guidance_leads_away_from_what_the_pipeline_says(tiny_pipeline, encoders
     )
 
 
+def make_encoding_trainer(vae) -> LoRATrainer:
+    """Able to encode images, and to do nothing else."""
+    trainer = LoRATrainer.__new__(LoRATrainer)
+    trainer.encoders, trainer._latents_are_finite = Encoders(vae, None), paddle.to_tensor(True)
+    return trainer
+
+
 def test_latents_that_are_not_finite_are_said_to_be_the_vaes(tiny_pipeline):
     vae = load_vae(str(tiny_pipeline / "vae"))
     vae.quant_conv.weight.set_value(paddle.full_like(vae.quant_conv.weight, 3e38))
     inputs = {"images": paddle.full([1, 64, 64, 3], 200, "uint8"), "posterior_noise": paddle.ones([1, 4, 8, 8])}
-    with pytest.raises(InputError, match="give --vae_name madebyollin/sdxl-vae-fp16-fix or --mixed_precision bf16"):
-        LoRATrainer.latents(SimpleNamespace(encoders=Encoders(vae, None)), inputs)
+    trainer = make_encoding_trainer(load_vae(str(tiny_pipeline / "vae")))
+    trainer.latents(inputs)
+    assert trainer.advice().startswith("try a lower --learning_rate")
+    trainer.encoders.vae = vae
+    trainer.latents(inputs)
+    assert trainer.advice().endswith("give --vae_name madebyollin/sdxl-vae-fp16-fix or --mixed_precision bf16")
 
 
 def test_the_vae_keeps_its_precision_where_the_network_computes_in_half(tiny_pipeline):
@@ -113,7 +126,7 @@ def test_the_vae_keeps_its_precision_where_the_network_computes_in_half(tiny_pip
     before = tracer._amp_level, tracer._amp_dtype
     tracer._amp_level, tracer._amp_dtype = paddle.base.core.AmpLevel.O1, "float16"
     try:
-        LoRATrainer.latents(SimpleNamespace(encoders=Encoders(vae, None)), inputs)
+        make_encoding_trainer(vae).latents(inputs)
     finally:
         tracer._amp_level, tracer._amp_dtype = before
     assert levels == [paddle.base.core.AmpLevel.O0]
@@ -141,12 +154,17 @@ def _remembered(made, kept: list[weakref.ref]):
     return made
 
 
-def logged(steps_and_losses: list[tuple[int, float]], since: int = 0) -> tuple[float, int]:
-    """What `FinalLossCallback` gives after logs at these steps, of a run that began after step `since`."""
+def logged(steps_and_losses: list[tuple[int, float | None]], since: int = 0) -> tuple[float, int]:
+    """What `FinalLossCallback` gives after logs at these steps, of a run that began after step `since`.
+
+    Those without a loss are of steps that were left out; in between something else is logged.
+    """
     callback = FinalLossCallback()
     callback.on_train_begin(None, SimpleNamespace(global_step=since), None)
     for step, loss in steps_and_losses:
-        callback.on_log(None, SimpleNamespace(global_step=step), None, logs={"loss": loss})
+        callback.on_log(None, SimpleNamespace(global_step=step - 1), None, logs={"distance": 1.0})
+        loss = {} if loss is None else {"loss": loss}
+        callback.on_log(None, SimpleNamespace(global_step=step), None, logs={"learning_rate": 0.1} | loss)
     return callback.mean()
 
 
@@ -157,3 +175,21 @@ def test_the_final_loss_is_the_mean_over_the_last_steps():
     mean, steps = logged(many)
     assert steps == LOSS_STEPS and mean == pytest.approx(np.mean(np.arange(410, 501, 10)))
     assert logged([]) == (0.0, 0)
+
+
+def test_steps_that_were_left_out_count_in_no_mean():
+    assert logged([(10, 1.0), (30, None), (40, 3.0)]) == (2.0, 20)
+
+
+def test_parts_that_do_not_fit_are_refused_before_anything_is_encoded(tiny_pipeline, tmp_path, monkeypatch):
+    shutil.copytree(tiny_pipeline, tmp_path / "base")
+    config = tmp_path / "base/unet/config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"addition_time_embed_dim": None}))
+    images = write_image_folder(tmp_path / "images", PROMPTS)
+    flags = f"--resolution 64 --cache_latents --device cpu --train_data_dir {images} --output_dir {tmp_path / 'out'}"
+    monkeypatch.setattr(
+        "sys.argv", ["train", "--pretrained_model_name_or_path", str(tmp_path / "base"), *flags.split()]
+    )
+    with pytest.raises(InputError, match="values of sizes and pooled text, .* no refiner"):
+        train(*parse(LoRAArguments, LoRATrainingArguments, description=""))
+    assert not (tmp_path / "out").exists()

@@ -86,7 +86,7 @@ def test_schedules_warm_up_for_500_steps_unless_told_otherwise(monkeypatch):
         ("--mixed_precision fp16 --bf16", "--mixed_precision fp16 contradicts --fp16 or --bf16"),
         ("--train_data_dir other", "--dataset_name or with --train_data_dir, one of them"),
         ("--resume_from_checkpoint latest --overwrite_output_dir", "exclude each other"),
-        ("--lr_scheduler cosine_with_restarts", "cosine_with_restarts is not a valid"),
+        ("--lr_scheduler cosine_with_restarts", "--lr_scheduler must be one of linear, cosine"),
         ("--allow_tf32", "unknown argument '--allow_tf32'"),
     ],
 )
@@ -99,3 +99,18 @@ def test_base_and_images_are_required(monkeypatch, missing):
     at = REQUIRED.index(missing)
     with pytest.raises(InputError, match=missing):
         parsed(monkeypatch, *REQUIRED[:at], *REQUIRED[at + 2 :])
+
+
+def test_a_checkpoint_is_found_by_its_name_in_the_output_folder_too(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    for folder in ("out/checkpoint-4", "other/checkpoint-4"):
+        (tmp_path / folder).mkdir(parents=True)
+    for asked, found in {
+        "checkpoint-4": "out/checkpoint-4",
+        "gone/checkpoint-4": "out/checkpoint-4",
+        "other/checkpoint-4": "other/checkpoint-4",
+    }.items():
+        _, args = parsed(monkeypatch, *REQUIRED, "--output_dir", "out", "--resume_from_checkpoint", asked)
+        assert args.resume_from_checkpoint == found
+    message = refused(monkeypatch, "--output_dir", "out", "--resume_from_checkpoint", "checkpoint-5")
+    assert "--resume_from_checkpoint checkpoint-5 is no folder, and neither is out/checkpoint-5" in message
