@@ -5,7 +5,9 @@ import contextlib
 import errno
 import functools
 import os
+import re
 import sys
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NoReturn, TextIO
@@ -23,6 +25,8 @@ DISK_ADVICE = {
     errno.ESTALE: "mount the file system again",
     errno.ENOTCONN: "mount the file system again",
 }
+
+SECONDS_TO_SAY_THE_SAME = 1.0
 
 
 class InputError(ValueError):
@@ -104,9 +108,25 @@ def _disk_sentence(error: OSError) -> str:
 def _end(line: str, status: int) -> NoReturn:
     with contextlib.suppress(OSError):
         print(line, file=sys.stderr, flush=True)
+        _tell_first_process(line)
     for stream in (sys.stdout, sys.stderr):
         _drop_unwritten(stream)
     sys.exit(status)
+
+
+def _tell_first_process(line: str) -> None:
+    """Puts what ends another process into the log of a machine's first one, which alone Paddle's launcher shows.
+
+    The first process would only say that a connection is lost. Where it ends for the same reason, it says so itself.
+    """
+    log = Path(f"/proc/self/fd/{sys.stderr.fileno()}").resolve()
+    if not re.fullmatch(r"workerlog\.[1-9]\d*", log.name):
+        return
+    time.sleep(SECONDS_TO_SAY_THE_SAME)  # it notices nothing until this process has ended
+    first = log.with_name("workerlog.0")
+    if line not in first.read_text(errors="replace"):
+        with first.open("a") as file:
+            file.write(f"{line} (in the process of {log.name})\n")
 
 
 def _drop_unwritten(stream: TextIO) -> None:

@@ -1,13 +1,14 @@
 """Images in and out: reading and cropping as ADM or U-ViT does, and grids to look at."""
 
 import contextlib
+import functools
 import os
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import BinaryIO
 
 import numpy as np
-from PIL import Image, ImageDraw, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageDraw, ImageFont, ImageOps, UnidentifiedImageError
 
 from .errors import InputError
 from .reading import naming_errors, open_regular
@@ -22,8 +23,8 @@ FORMATS = ("JPEG", "PNG", "PPM", "BMP", "TIFF", "WEBP")
 # Pixels of an image: above them Pillow warns. As RGB they take 268 MB.
 MAX_PIXELS = 1024**3 // 12
 
-# Pixels of a line in Pillow's default font.
-LINE_HEIGHT = 11
+# Pixels of a line of captions, and of its letters.
+LINE_HEIGHT, FONT_SIZE = 11, 9
 
 
 def list_image_folder(root: Path) -> tuple[list[Path], list[int], list[str]]:
@@ -205,9 +206,17 @@ def captioned_grid(images: np.ndarray, captions: Sequence[str], columns: int) ->
     for image, text in zip(images, texts, strict=True):
         tile = Image.new("RGB", (width, height + below), "white")
         tile.paste(Image.fromarray(image), (0, 0))
-        ImageDraw.Draw(tile).multiline_text((1, height + 2), text, fill="black", spacing=0)
+        ImageDraw.Draw(tile).multiline_text((1, height + 2), text, fill="black", font=_font(), spacing=0)
         tiles.append(np.asarray(tile))
     return image_grid(np.stack(tiles), columns)
+
+
+@functools.cache
+def _font() -> ImageFont.FreeTypeFont:
+    """matplotlib's, which has the letters of most alphabets; Pillow's own has those of English."""
+    import matplotlib
+
+    return ImageFont.truetype(Path(matplotlib.get_data_path(), "fonts/ttf/DejaVuSans.ttf"), FONT_SIZE)
 
 
 def _wrapped(text: str, width: int) -> str:
@@ -216,7 +225,7 @@ def _wrapped(text: str, width: int) -> str:
     lines = [""]
     for word in text.split():
         longer = f"{lines[-1]} {word}".strip()
-        if lines[-1] and measure.textlength(longer) > width:
+        if lines[-1] and measure.textlength(longer, _font()) > width:
             lines.append(word)
         else:
             lines[-1] = longer

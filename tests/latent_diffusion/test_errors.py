@@ -86,3 +86,29 @@ def test_an_output_that_cannot_be_written_ends_other_commands_but_no_training(ki
     else:
         assert done.returncode == 1 and done.stderr.count("No space left on device") == 1
         assert done.stderr.splitlines()[-1].startswith("error: ")
+
+
+FAIL = """
+import sys
+from latent_diffusion.errors import InputError, command
+
+@command
+def main():
+    raise InputError("the image 7.png is cut off")
+
+main()
+"""
+
+
+@pytest.mark.parametrize("said", ["", "error: the image 7.png is cut off\n"])
+def test_the_first_process_of_a_machine_says_what_ends_another(tmp_path, said):
+    """As under Paddle's launcher, which shows the log of the first one."""
+    (tmp_path / "workerlog.0").write_text(f"step 1\n{said}")
+    for rank in (1, 0):
+        with (tmp_path / f"workerlog.{rank}").open("a") as log:
+            done = subprocess.run([sys.executable, "-c", FAIL], cwd=REPOSITORY, stderr=log, check=False)
+        assert done.returncode == 1
+    own = "error: the image 7.png is cut off\n"
+    told = "" if said else f"{own[:-1]} (in the process of workerlog.1)\n"
+    assert (tmp_path / "workerlog.0").read_text() == f"step 1\n{said}{told}{own}"
+    assert (tmp_path / "workerlog.1").read_text() == own

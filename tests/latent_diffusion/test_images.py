@@ -236,3 +236,9 @@ def test_captions_are_broken_into_lines_below_their_images():
         letters = (tile[41:].min(axis=(1, 2)) < 64).nonzero()[0]
         assert letters[0] < LINE_HEIGHT and LINE_HEIGHT * (len(found) - 1) < letters[-1] <= LINE_HEIGHT * len(found) + 3
     assert (grid[2 + height :, 64:] == 255).all()
+
+
+def test_captions_have_the_letters_of_other_alphabets():
+    blank = np.zeros((1, 40, 40, 3), np.uint8)
+    drawn = [np.asarray(captioned_grid(blank, [text], 1)) for text in ("\x00", "ü", "ñ", "ж", "λ")]
+    assert len({grid.tobytes() for grid in drawn}) == len(drawn)  # no two of them the box of an unknown letter
