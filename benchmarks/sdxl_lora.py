@@ -168,8 +168,10 @@ def measure_command(place: str, steps: int) -> Table:
             one_thread = None
             for processes, threads in dict.fromkeys(shapes):
                 fps = measure_fps(Setting(processes, threads, cached), place, steps, Path(folder))
-                one_thread = one_thread or fps
-                table.row(processes, threads, "cached" if cached else "in every step", fps, fps / one_thread)
+                if (processes, threads) == (1, 1):
+                    one_thread = fps
+                ratio = one_thread and fps / one_thread
+                table.row(processes, threads, "cached" if cached else "in every step", fps, ratio)
     return table
 
 

@@ -11,10 +11,10 @@ from ppdiffusers import AutoencoderKL
 
 from latent_diffusion.errors import InputError
 from latent_diffusion.files import new_folder
-from latent_diffusion.progress import progress
 from latent_diffusion.vae import encode_moments, to_pixels
 
 from .digits import IMAGE_SIZE
+from .fit import fit
 
 # Paddle's convolutions work image by image on a CPU: a larger batch sees no more images per second.
 BATCH_SIZE = 8
@@ -134,21 +134,15 @@ def _pass_on(model: AutoencoderKL) -> None:
 
 
 def _fit(model: AutoencoderKL, images: np.ndarray, stage: Stage, recipe: Recipe) -> None:
-    schedule = paddle.optimizer.lr.OneCycleLR(stage.peak_learning_rate, total_steps=stage.steps, phase_pct=0.15)
-    optimizer = paddle.optimizer.Adam(
-        schedule, parameters=model.parameters(), grad_clip=paddle.nn.ClipGradByGlobalNorm(1.0)
-    )
     batches = _batches(images, stage.side)
-    with progress(total=stage.steps, desc="autoencoder", unit="step") as bar:
-        for step in range(1, stage.steps + 1):
-            loss = _loss(model, next(batches), recipe)
-            loss.backward()
-            optimizer.step()
-            optimizer.clear_grad(set_to_zero=False)
-            schedule.step()
-            if step % 50 == 0:
-                bar.set_postfix_str(f"loss {loss.item():.3f}", refresh=False)
-            bar.update()
+    fit(
+        model,
+        lambda: _loss(model, next(batches), recipe),
+        stage.steps,
+        stage.peak_learning_rate,
+        rising=0.15,
+        description="autoencoder",
+    )
 
 
 def _batches(images: np.ndarray, side: int) -> Iterator[np.ndarray]:

@@ -8,7 +8,6 @@ import paddle
 from ppdiffusers import AutoencoderKL, StableDiffusionXLPipeline
 
 from latent_diffusion.features import stack
-from latent_diffusion.progress import progress
 from latent_diffusion.schedules import NoiseSchedule
 from latent_diffusion.vae import sample_moments
 from sdxl_lora.image_sampling import Condition
@@ -18,6 +17,7 @@ from sdxl_lora.text_encoders import TextEncoders
 from .autoencoder import encode_all
 from .captions import WORDS
 from .colors import COLOR_WORDINGS, COLORS, PLAIN_WORDINGS
+from .fit import fit
 from .text_encoder import spread_words
 from .tiny_sdxl import write_pipeline
 
@@ -85,22 +85,17 @@ class Batches:
 
 def _fit(unet: Any, batches: Batches, steps: int) -> None:
     objective = WeightedPrediction(NoiseSchedule.scaled_linear(), Prediction.VELOCITY)
-    schedule = paddle.optimizer.lr.OneCycleLR(PEAK_LEARNING_RATE, total_steps=steps, phase_pct=0.1)
-    optimizer = paddle.optimizer.Adam(
-        schedule, beta2=0.99, parameters=unet.parameters(), grad_clip=paddle.nn.ClipGradByGlobalNorm(1.0)
-    )
     rng = np.random.default_rng(SEED)
     unet.train()
-    with progress(total=steps, desc="base pipeline", unit="step") as bar:
-        for step in range(1, steps + 1):
-            loss = _loss(unet, objective, *batches.draw(rng), rng)
-            loss.backward()
-            optimizer.step()
-            optimizer.clear_grad(set_to_zero=False)
-            schedule.step()
-            if step % 50 == 0:
-                bar.set_postfix_str(f"loss {loss.item():.3f}", refresh=False)
-            bar.update()
+    fit(
+        unet,
+        lambda: _loss(unet, objective, *batches.draw(rng), rng),
+        steps,
+        PEAK_LEARNING_RATE,
+        rising=0.1,
+        description="base pipeline",
+        beta2=0.99,
+    )
     unet.eval()
 
 

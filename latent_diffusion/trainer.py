@@ -60,10 +60,6 @@ class LatentDiffusionTrainer(Trainer):
     def __init__(
         self, model, objective: Objective, store: FeatureStore, ema: EMA | None, args, stop: StopRequest | None = None
     ):
-        if ema is not None and ShardingOption.FULL_SHARD in args.sharding:
-            raise InputError(
-                "--sharding stage3 keeps no whole weights to average; use stage1 or stage2, or --use_ema False"
-            )
         settle_steps(args, len(store))
         super().__init__(model=model, args=args, train_dataset=TrainingStream(store, objective, args.seed))
         self.objective, self.store, self.ema = objective, store, ema
@@ -377,6 +373,10 @@ def run_training(
         from .curves import outlive_failing_disk  # it takes a second to import
 
         outlive_failing_disk()
+    if suite_args.use_ema and ShardingOption.FULL_SHARD in args.sharding:
+        raise InputError(
+            "--sharding stage3 keeps no whole weights to average; use stage1 or stage2, or --use_ema False"
+        )
     eval_flags = suite_args.evaluation(args.eval_steps)
     stop = StopRequest(args.max_run_hours)
     output_dir = Path(args.output_dir)

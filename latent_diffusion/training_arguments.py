@@ -103,7 +103,8 @@ UNSUPPORTED = {
     "is given by the launcher": ("local_rank",),
     "is not supported; give --device cpu": ("no_cuda",),
     "is not supported; give --sharding_parallel_degree": ("sharding_degree",),
-    "is not supported; export with generate_pipelines.py or scripts/convert_dit_to_ppdiffusers.py": ("do_export",),
+    "is not supported; export with scripts/convert_dit_to_ppdiffusers.py, generate_pipelines.py or "
+    "scripts/merge_sdxl_lora.py": ("do_export",),
 }
 
 # Of a number the least value, and one that is too large.
