@@ -1,7 +1,8 @@
 """Finding trained weights, wherever they lie, and the configuration that describes them."""
 
+import contextlib
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -72,6 +73,25 @@ class Pretrained:
         checkpoint.set_weights(model, self.weights, self.source)
         model.eval()
         return model
+
+
+@contextlib.contextmanager
+def describing(source: Path, what: str) -> Iterator[None]:
+    """Around making something of a configuration from outside: a wrong value can make other libraries raise anything.
+
+    Args:
+        source: the file of the configuration.
+        what: is made, as "a UNet".
+
+    Raises:
+        InputError: the file does not describe that; or one that was raised within, which says more.
+    """
+    try:
+        yield
+    except InputError:
+        raise
+    except Exception as error:
+        raise InputError(f"{source} does not describe {what}: {' '.join(str(error).split())}") from error
 
 
 def check_size(weights: dict[str, np.ndarray], numbers: float, layers: int) -> None:

@@ -12,7 +12,7 @@ from .checkpoint import set_weights
 from .errors import InputError
 from .files import read_lines, write_json
 from .hub import existing_file, local_folder, read_json
-from .pretrained import check_size
+from .pretrained import check_size, describing
 from .runtime import import_paddlenlp
 from .weights import read_weights, transpose_linear
 
@@ -163,7 +163,7 @@ def load_text_encoder(name_or_path: str, projected: bool = False):
     source = existing_file(folder, _CONFIG_FILES, _MODEL)
     file = existing_file(folder, CLIP_WEIGHT_FILES, _MODEL)
     config = read_json(source)
-    try:
+    with describing(source, "a CLIP text encoder"):
         settings = CLIPTextConfig(**text_settings(config))
         left_out = _OTHER_PARTS if projected else (*_OTHER_PARTS, _PROJECTION)
         weights = read_clip_weights(file, settings.intermediate_size, left_out)
@@ -171,10 +171,6 @@ def load_text_encoder(name_or_path: str, projected: bool = False):
         check_size(weights, least_weights(settings) + projection, settings.num_hidden_layers)
         with no_init_weights():  # which takes two of three seconds, and all weights are set below
             model = (CLIPTextModelWithProjection if projected else CLIPTextModel)(settings)
-    except InputError:
-        raise
-    except Exception as error:  # a wrong value can make its layers raise anything
-        raise InputError(f"{source} does not describe a CLIP text encoder: {' '.join(str(error).split())}") from error
     set_weights(model, weights, file)
     model.eval()
     return model

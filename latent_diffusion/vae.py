@@ -12,7 +12,7 @@ from .checkpoint import set_weights
 from .configuration import VAE_DOWNSAMPLING
 from .errors import InputError, NotFiniteError
 from .hub import existing_file, local_folder, read_json
-from .pretrained import PADDLE_FILES, TORCH_FILES, check_size, checksum
+from .pretrained import PADDLE_FILES, TORCH_FILES, check_size, checksum, describing
 from .weights import WEIGHT_SUFFIXES, read_weights, transpose_linear
 
 _FILES = PADDLE_FILES + TORCH_FILES
@@ -139,11 +139,9 @@ def _build(config: dict, source: Path, weights: dict[str, np.ndarray]):
     """A VAE to be given the weights; `source` names the configuration in errors."""
     from ppdiffusers.models.autoencoder_kl import AutoencoderKL
 
-    try:
+    with describing(source, "an AutoencoderKL"):
         check_size(weights, *_least_size(config))
         return AutoencoderKL.from_config(config)
-    except Exception as error:  # a wrong value can make its layers raise anything
-        raise InputError(f"{source} does not describe an AutoencoderKL: {' '.join(str(error).split())}") from error
 
 
 def _least_size(config: dict) -> tuple[float, int]:

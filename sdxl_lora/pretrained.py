@@ -12,7 +12,14 @@ from latent_diffusion.checkpoint import set_weights
 from latent_diffusion.errors import InputError
 from latent_diffusion.hub import existing_file, local_folder, read_json
 from latent_diffusion.ops import LayerNorm
-from latent_diffusion.pretrained import COMPONENT_CONFIG, PADDLE_FILES, PIPELINE_INDEX, TORCH_FILES, check_size
+from latent_diffusion.pretrained import (
+    COMPONENT_CONFIG,
+    PADDLE_FILES,
+    PIPELINE_INDEX,
+    TORCH_FILES,
+    check_size,
+    describing,
+)
 from latent_diffusion.schedules import NoiseSchedule
 from latent_diffusion.weights import read_weights, transpose_linear
 
@@ -100,15 +107,11 @@ def _build_unet(config: dict, source: Path, weights: dict[str, np.ndarray], dtyp
     """A UNet without weights, which are to be set; `source` names the configuration in errors."""
     from ppdiffusers import UNet2DConditionModel
 
-    try:
+    with describing(source, "a UNet2DConditionModel"):
         check_size(weights, *_least_size(config))
         # Random weights would take minutes and, until they are replaced, memory.
         with paddle.LazyGuard(), paddle.dtype_guard(dtype):
             return UNet2DConditionModel.from_config(config)
-    except Exception as error:  # a wrong value can make its layers raise anything
-        raise InputError(
-            f"{source} does not describe a UNet2DConditionModel: {' '.join(str(error).split())}"
-        ) from error
 
 
 def _least_size(config: dict) -> tuple[float, int]:
@@ -223,9 +226,5 @@ def _build_scheduler(scheduler_class: type, config: dict, source: Path):
     steps = config.get("num_train_timesteps", 1000)
     if not isinstance(steps, int) or not 1 <= steps <= _MAX_TIMESTEPS:
         raise InputError(f"{source} has num_train_timesteps {steps!r}, which must be from 1 to {_MAX_TIMESTEPS}")
-    try:
+    with describing(source, f"a {scheduler_class.__name__}"):
         return scheduler_class.from_config(config)
-    except Exception as error:  # a wrong value can make it raise anything
-        raise InputError(
-            f"{source} does not describe a {scheduler_class.__name__}: {' '.join(str(error).split())}"
-        ) from error

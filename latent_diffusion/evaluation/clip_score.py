@@ -1,8 +1,7 @@
 """CLIP score: how well images fit their texts (Hessel et al., arXiv:2104.08718)."""
 
-import contextlib
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +13,7 @@ from ..checkpoint import set_weights
 from ..errors import InputError
 from ..extraction import batches
 from ..hub import existing_file, local_folder, read_json
-from ..pretrained import check_size, checksum
+from ..pretrained import check_size, checksum, describing
 from ..runtime import import_paddlenlp
 from ..text_encoder import (
     CLIP_WEIGHT_FILES,
@@ -174,7 +173,7 @@ def _settings(config: dict, source: Path) -> tuple[Any, Any]:
     vision_settings = {key: vision[key] for key in _VISION_KEYS if key in vision}
     # Each part has an entry of its own that a whole CLIP does not use. 512 is the default of all libraries.
     shared = {"projection_dim": config.get("projection_dim", 512)}
-    with _describing(source):
+    with describing(source, "a CLIP"):
         return CLIPTextConfig(**text_settings(config) | shared), CLIPVisionConfig(**vision_settings | shared)
 
 
@@ -183,19 +182,11 @@ def _build(text: Any, vision: Any, weights: dict[str, np.ndarray], source: Path)
     from paddlenlp.transformers.model_utils import no_init_weights
     from ppdiffusers.transformers import CLIPTextModelWithProjection, CLIPVisionModelWithProjection
 
-    with _describing(source), no_init_weights():
+    with describing(source, "a CLIP"), no_init_weights():
         projections = abs(text.projection_dim) * (text.hidden_size + vision.hidden_size)
         layers = abs(text.num_hidden_layers) + abs(vision.num_hidden_layers)
         check_size(weights, least_weights(text) + least_weights(vision) + projections, layers)
         return CLIPTextModelWithProjection(text), CLIPVisionModelWithProjection(vision)
-
-
-@contextlib.contextmanager
-def _describing(source: Path) -> Iterator[None]:
-    try:
-        yield
-    except Exception as error:  # a wrong value can make configurations and layers raise anything
-        raise InputError(f"{source} does not describe a CLIP: {' '.join(str(error).split())}") from error
 
 
 def _normalization(folder: Path, side: int) -> tuple[Sequence[float], Sequence[float]]:
