@@ -1,4 +1,4 @@
-"""What the image samplers of all systems have in common."""
+"""What the image samplers of DiT and U-ViT have in common."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence

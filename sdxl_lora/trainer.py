@@ -227,7 +227,7 @@ def _vae_name(lora_args: LoRAArguments) -> str:
 def _check_parts(encoders: Encoders, lora_args: LoRAArguments) -> None:
     """Raises `InputError` unless the UNet takes what the VAE and the text encoders give."""
     config = read_unet_config(lora_args.pretrained_model_name_or_path)
-    check_fits(encoders.vae, _vae_name(lora_args), config.get("in_channels"))
+    check_fits(encoders.vae, _vae_name(lora_args), config.get("in_channels", 4))
     check_conditions(config, encoders.text.context_shape[1], encoders.text.pooled_width)
 
 
