@@ -103,10 +103,10 @@ def _check_cards(folder: Path) -> None:
             continue
         with naming_errors(path):
             text = read_bytes(path, _MAX_CARD).decode(errors="replace")
-        if path.suffix == ".md":
-            text = text.lstrip().removeprefix("---").partition("\n---")[0] if text.lstrip().startswith("---") else ""
         if path.suffix == ".json":
             continue
+        if path.suffix == ".md":
+            text = text.lstrip().removeprefix("---").partition("\n---")[0] if text.lstrip().startswith("---") else ""
         if not _is_plain(text):
             raise InputError(f"{path} has YAML with aliases or deep lists; write out what they stand for")
         if address := next(_addresses(text), None):

@@ -103,16 +103,12 @@ def write_lora(folder: Path, weights: Mapping[str, Any]) -> None:
     Raises:
         OSError: the folder cannot be written.
     """
-    arrays = {name: _to_float32(value) for name, value in weights.items()}
+    # Before NumPy sees it: it would take the bits of a bfloat16 tensor for integers.
+    arrays = {name: np.asarray(value.astype("float32")) for name, value in weights.items()}
     with naming_file(folder):
         folder.mkdir(parents=True, exist_ok=True)
     write_safetensors(folder / TORCH_FILE, transpose_linear(arrays), layout="pt")
     write_safetensors(folder / PADDLE_FILE, arrays, layout="pd")
-
-
-def _to_float32(value: Any) -> np.ndarray:
-    """A tensor or an array as an array; NumPy would take the bits of a bfloat16 tensor for integers."""
-    return (value.astype("float32") if paddle.is_tensor(value) else np.asarray(value, np.float32)).__array__()
 
 
 def read_lora(path: str | Path) -> dict[str, np.ndarray]:

@@ -113,14 +113,14 @@ class LoRATrainer(LatentDiffusionTrainer):
     def train(self, resume_from_checkpoint: str | Path | None = None, *args, **kwargs):
         result = super().train(resume_from_checkpoint, *args, **kwargs)
         if self.is_world_process_zero():
-            folder, written = Path(self.args.output_dir), f"LoRA weights of step {self._saved_step} are in"
+            folder, summary = Path(self.args.output_dir), []
             if result is None:  # nothing was left to train; a killed run may not have come to this
                 write_lora(folder, read_lora(resume_from_checkpoint))
-                write_line(f"{written} {folder}")
             else:
                 self.model.export_weights(folder, (self.ema or self.model).state_dict())
-                write_line(f"{written} {folder}")
-                write_line(self._summary())
+                summary = [self._summary()]
+            for line in (f"LoRA weights of step {self._saved_step} are in {folder}", *summary):
+                write_line(line)
         return result
 
     def _summary(self) -> str:
